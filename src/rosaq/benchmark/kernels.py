@@ -1,0 +1,211 @@
+"""Times one quantized linear layer y = x W^T on the GPU: our kernels, cuBLAS, and, where vLLM is importable, Marlin and Machete.
+
+Every weight is replicated so that a pass over the copies exceeds the L2 cache twice over; the copies run inside one CUDA graph;
+the figure is the median replay divided by the number of copies, in microseconds. The limit is the larger of the bytes of the
+4-bit weight (scales included, no salient part) over the measured copy bandwidth, and of 2 M K N over the measured dense rate.
+Salient channels are stored and multiplied on top of it: the peers have none.
+"""
+
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rosaq import kernels
+from rosaq.kernels import cuda
+from rosaq.layout import LinearLayout
+
+TFLOPS = 790e12  # dense float16 products on an H200, random data
+COPIES_BYTES = 300_000_000  # per pass, against 50 to 60 MB of L2
+BATCHES = (1, 16, 64, 128)
+
+
+def llama2_7b(bits: int = 4, group_size: int = 128, salient_bits: int = 16) -> dict[str, LinearLayout]:
+    """The fused linear layers of Llama-2-7B as ROSAQ stores them."""
+    common: dict[str, Any] = {"bits": bits, "group_size": group_size, "salient_bits": salient_bits}
+    return {
+        "llama2 qkv": LinearLayout(12288, 4096, salient=128, **common),
+        "llama2 o": LinearLayout(4096, 4096, blocks=32, salient=32, **common),
+        "llama2 gate_up": LinearLayout(22016, 4096, salient=128, **common),
+        "llama2 down": LinearLayout(4096, 11008, **common),
+    }
+
+
+def llama3_8b(bits: int = 4, group_size: int = 128, salient_bits: int = 16) -> dict[str, LinearLayout]:
+    """The fused linear layers of Llama-3-8B as ROSAQ stores them."""
+    common: dict[str, Any] = {"bits": bits, "group_size": group_size, "salient_bits": salient_bits}
+    return {
+        "llama3 qkv": LinearLayout(6144, 4096, salient=128, **common),
+        "llama3 o": LinearLayout(4096, 4096, blocks=32, salient=32, **common),
+        "llama3 gate_up": LinearLayout(28672, 4096, salient=128, **common),
+        "llama3 down": LinearLayout(4096, 14336, **common),
+    }
+
+
+def random_tensors(layout: LinearLayout, device: torch.device | str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Stored tensors of a random layer whose outputs have about the size of its inputs."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    size = layout.in_features**-0.5 / (1 << layout.bits) * 4
+
+    def random(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if name == "order":
+            return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
+        if name == "zeros":  # near the middle of the codes' range, as calibration gives
+            middle, places = 1 << (layout.bits - 1), range(0, 32, layout.zero_bits)
+            spread = torch.randint(-1, 2, (len(places), *shape), generator=generator, device=device)
+            word = sum((middle + spread[i]) << place for i, place in enumerate(places))
+            return torch.as_tensor(word).to(dtype)
+        if dtype == torch.int32:
+            return torch.randint(-(1 << 31), (1 << 31) - 1, shape, generator=generator, device=device).to(dtype)
+        if dtype == torch.int8:
+            return torch.randint(-127, 128, shape, generator=generator, device=device).to(dtype)
+        if name in ("scales", "salient_scales"):
+            unit = size if name == "scales" else layout.in_features**-0.5 / 64
+            return ((0.5 + torch.rand(shape, generator=generator, device=device)) * unit).to(dtype)
+        return (torch.randn(shape, generator=generator, device=device) * layout.in_features**-0.5).to(dtype)
+
+    return {name: random(name, shape, dtype) for name, (shape, dtype) in layout.tensors().items()}
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float:
+    """Median time of one of `calls` (closures over different copies of a weight), in microseconds, from replays of one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in list(calls)[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls) * 1e3)
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large device-to-device copy, read plus written."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_(0, 255)
+    target = torch.empty_like(source)
+    return 2 * (1 << 31) / (microseconds([lambda: target.copy_(source)], 10) * 1e-6)
+
+
+def our_calls(layout: LinearLayout, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[Callable[[], Any]]:
+    """One call of the chosen kernel per copy of the prepared weight."""
+    kernel = kernels.choose(layout, x.device, x.dtype)
+    first = kernel.prepare(layout, tensors, x.dtype)
+    if kernel is not cuda:
+        return [lambda: kernel.run(x, first)]
+    copies = max(2, COPIES_BYTES // first.stream.numel())
+    prepared = [replace(first, stream=first.stream.clone()) for _ in range(copies)]
+    return [lambda p=p: kernel.run(x, p) for p in prepared]  # type: ignore[misc]
+
+
+def peer_calls(layout: LinearLayout, x: torch.Tensor) -> dict[str, list[Callable[[], Any]]]:
+    """cuBLAS, and vLLM's Marlin and Machete on the whole layer at 4 bits (they know no salient channels)."""
+    tokens, k, n = x.shape[0], layout.in_features, layout.out_features
+    plain = [torch.randn(n, k, device="cuda", dtype=x.dtype) * 0.02 for _ in range(max(2, COPIES_BYTES // (2 * k * n)))]
+    calls: dict[str, list[Callable[[], Any]]] = {"cublas": [lambda w=w: torch.nn.functional.linear(x, w) for w in plain]}  # type: ignore[misc]
+    if layout.bits != 4 or layout.group_size != 128 or importlib.util.find_spec("vllm") is None:
+        return calls
+    from vllm import _custom_ops as ops  # noqa: PLC0415
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new  # noqa: PLC0415
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import marlin_quantize  # noqa: PLC0415
+    from vllm.model_executor.layers.quantization.utils.quant_utils import gptq_quantize_weights, pack_rows  # noqa: PLC0415
+    from vllm.scalar_type import scalar_types  # noqa: PLC0415
+
+    base, kind = torch.randn(k, n, device="cuda", dtype=x.dtype) * 0.02, scalar_types.uint4b8
+    workspace, empty = marlin_make_workspace_new(x.device), torch.empty(0, dtype=torch.int, device="cuda")
+    copies = max(2, COPIES_BYTES // (k * n // 2))
+    _, q, s, *_ = marlin_quantize(base, kind, 128, False)
+    marlin = [(q.clone(), s.clone()) for _ in range(copies)]
+    calls["marlin"] = [
+        lambda p=p: ops.marlin_gemm(  # type: ignore[misc]
+            x, None, p[0], None, p[1], None, None, None, empty, empty, workspace, kind, tokens, n, k, True, False, True, False
+        )
+        for p in marlin
+    ]
+    _, q, s, *_ = gptq_quantize_weights(base, kind, 128, False)
+    q = ops.machete_prepack_B(pack_rows(q, 4, *q.shape).t().contiguous().t(), x.dtype, kind, x.dtype)
+    machete = [(q.clone(), s.clone()) for _ in range(copies)]
+    calls["machete"] = [lambda p=p: ops.machete_mm(x, p[0], kind, x.dtype, p[1], None, 128) for p in machete]  # type: ignore[misc]
+    return calls
+
+
+def benchmark_kernels(
+    layouts: dict[str, LinearLayout] | None = None,
+    batches: Sequence[int] = BATCHES,
+    dtype: torch.dtype = torch.float16,
+    peers: bool = True,
+) -> list[dict[str, Any]]:
+    """Time every layer at every batch; print the table and return its rows.
+
+    Args:
+        layouts: layers by name; Llama-2-7B's and Llama-3-8B's at INT4, group 128, by default.
+        batches: numbers of tokens M.
+        dtype: type of the activations.
+        peers: also time cuBLAS and, where vLLM is importable, Marlin and Machete.
+
+    Raises:
+        RuntimeError: there is no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("`benchmark kernels` times GPU kernels and finds no CUDA GPU")
+    bandwidth = copy_bandwidth()
+    _show(f"{torch.cuda.get_device_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s, {dtype}, torch {torch.__version__}")
+    kernels_shown = "".join(f"{name:>8s}" for name in ("rosaq", "cublas", "marlin", "machete"))
+    _show(f"{'layer':>15s} bits     M{kernels_shown}  limit  /peer  share  (us)")
+    rows = []
+    for name, layout in (layouts or {**llama2_7b(), **llama3_8b()}).items():
+        tensors = random_tensors(layout, "cuda")
+        for tokens in batches:
+            x = torch.randn(tokens, layout.in_features, device="cuda", dtype=dtype)
+            calls = {"rosaq": our_calls(layout, x, tensors), **(peer_calls(layout, x) if peers else {})}
+            times = {kernel: microseconds(closures) for kernel, closures in calls.items()}
+            rows.append(_row(name, layout, tokens, dtype, times, bandwidth))
+            del calls
+            torch.cuda.empty_cache()
+    _print_sums(rows)
+    return rows
+
+
+def _show(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _row(name: str, layout: LinearLayout, tokens: int, dtype: torch.dtype, times: dict[str, float], bandwidth: float) -> dict[str, Any]:
+    """One row of the table, printed as it is made."""
+    k, n = layout.in_features, layout.out_features
+    limit = max(k * n * (layout.bits / 8 + 2 / layout.group_size) / bandwidth, 2 * tokens * k * n / TFLOPS) * 1e6
+    best = min((time for kernel, time in times.items() if kernel != "rosaq"), default=None)
+    row: dict[str, Any] = {
+        "layer": name, "in_features": k, "out_features": n, "bits": layout.bits, "group_size": layout.group_size,
+        "salient": layout.blocks * layout.salient, "salient_bits": layout.salient_bits, "tokens": tokens, "dtype": str(dtype),
+        "microseconds": times, "limit_us": limit, "to_best_peer": None if best is None else times["rosaq"] / best,
+        "share_of_limit": limit / times["rosaq"],
+    }  # fmt: skip
+    shown = [f"{times[kernel]:7.1f}" if kernel in times else "      -" for kernel in ("rosaq", "cublas", "marlin", "machete")]
+    ratio = "     -" if best is None else f"{row['to_best_peer']:6.2f}"
+    _show(f"{name:>15s} {layout.bits:4d} {tokens:5d} {' '.join(shown)} {limit:6.1f} {ratio} {row['share_of_limit']:6.2f}")
+    return row
+
+
+def _print_sums(rows: list[dict[str, Any]]) -> None:
+    """Sum over the layers of each model, per number of tokens."""
+    keys = sorted({(row["layer"].split()[0], row["bits"], row["tokens"]) for row in rows})
+    for model, bits, tokens in keys:
+        mine = [row for row in rows if (row["layer"].split()[0], row["bits"], row["tokens"]) == (model, bits, tokens)]
+        ours = sum(row["microseconds"]["rosaq"] for row in mine)
+        best = [min((t for kernel, t in row["microseconds"].items() if kernel != "rosaq"), default=float("nan")) for row in mine]
+        _show(f"sum over {len(mine)} layers of {model}, INT{bits}, M = {tokens}: rosaq {ours:.1f} us, best peers {sum(best):.1f} us")

@@ -1,0 +1,73 @@
+"""A model to run, whatever it is: a rosaq checkpoint, an ordinary one, or a GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rosaq.checkpoint import is_checkpoint, verify
+from rosaq.device import resolve_device
+from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer, register
+from rosaq.skeleton import full_model, meta_model
+from rosaq.source import open_source
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(dtype: str, stored: torch.dtype, cpu: torch.dtype, device: str) -> torch.dtype:
+    """A torch type out of "auto", "float32", "float16" or "bfloat16".
+
+    "auto" is the type that the model is stored in on a GPU and `cpu` on the CPU, where float16 is slow.
+    """
+    if dtype == "auto":
+        return cpu if device == "cpu" else stored
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """Check a checkpoint's hashes, config and tensor names, shapes and types, without loading it.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ValueError: it is no checkpoint, or a part is missing, changed or does not fit; names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
+    manifest = verify(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = meta_model(config)
+    quantizer = RosaqQuantizer(RosaqConfig.from_dict(config.quantization_config))
+    quantizer.preprocess_model(model, checkpoint_files=[str(folder / name) for name in manifest["files"]])
+    return manifest
+
+
+def load_model(model: str, device: str = "auto", dtype: str = "auto", cpu_dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        model: a rosaq checkpoint (its hashes are checked), a Hugging Face folder, a `.gguf` file or a hub id.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: type to compute in; see `resolve_dtype`.
+        cpu_dtype: what "auto" is on the CPU.
+
+    Raises:
+        ValueError: whatever keeps it from loading, naming the file or option.
+    """
+    device = resolve_device(device)
+    if Path(model).is_dir() and is_checkpoint(model):
+        register()
+        verify(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True)
+        return loaded.eval(), tokenizer
+    source = open_source(model)
+    if source.tokenizer is None:
+        raise ValueError(f"{model}: no tokenizer")
+    return full_model(source, resolve_dtype(dtype, source.dtype, cpu_dtype, device), device), source.tokenizer

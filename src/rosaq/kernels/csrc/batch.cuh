@@ -1,0 +1,227 @@
+// Batches (M 17 and more): wgmma with the dequantized weight as the A operand in registers and a tile of x in shared memory.
+//
+// A CTA owns R = 4 * warp_groups row tiles, TOKENS tokens and, in a cluster of `splits` CTAs, one stretch of the items. One thread of the last
+// warp fetches with the tensor copy engine, three copies a stage (a copy costs its issuing thread a hundred cycles and more, whatever
+// its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero. The other warps, in groups of
+// four with 64 rows each, dequantize the next unit while the tensor cores multiply the last one. The weight's copies start before
+// the previous kernel of the stream has finished.
+#pragma once
+#include "format.cuh"
+#include "wgmma.cuh"
+
+namespace rosaq {
+
+struct BatchShape {
+    int tokens, warp_groups, splits, slots, slot_bytes;
+    uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
+};
+
+// Tensors that the copy engine reads; made on the host for each launch. Weights in units of 8 bytes, x in channels.
+struct BatchMaps {
+    CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, items * parts, tiles)
+    CUtensorMap q_x, s_x;                // (32 channels, tokens, runs of a block, blocks)
+};
+constexpr int CODE_PARTS = CODE_BYTES > 2048 ? 2 : 1;  // a box is at most 256 units wide
+constexpr int SALIENT_RUNS = 2;                        // per stage
+
+__device__ inline void copy_weights(uint32_t to, const CUtensorMap* map, int item, int tile, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(item), "r"(tile), "r"(bar)
+                 : "memory");
+}
+__device__ inline void copy_x(uint32_t to, const CUtensorMap* map, int token, int run, int block, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(token), "r"(run), "r"(block), "r"(bar)
+                 : "memory");
+}
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// B operand: TOKENS rows of 64 bytes, 64-byte swizzle, groups of 8 rows 512 bytes apart.
+__device__ inline uint64_t x_descriptor(uint32_t address) {
+    return uint64_t((address & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(32) << 32) | (uint64_t(2) << 62);
+}
+
+// Where a stage's runs of x start; moves on without divisions.
+struct Place {
+    int per_block, step_blocks, step, block, within;
+    __device__ Place(int per_block, int runs, int stage) : per_block(per_block), step_blocks(runs / per_block), step(runs % per_block) {
+        block = stage * runs / per_block, within = stage * runs % per_block;
+    }
+    __device__ void advance() {
+        block += step_blocks, within += step;
+        if (within >= per_block) within -= per_block, ++block;
+    }
+};
+
+// What the fetching thread does. In shared memory a stage is x, then the codes of every tile, then the scales; or x, then salient runs.
+template <int TOKENS>
+__device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, const BatchShape& shape, uint32_t slots, uint32_t bars, int begin, int end,
+                                    int first_tile, int token) {
+    const int R = 4 * shape.warp_groups;
+    const uint32_t q_bytes = RUNS * TOKENS * 64 + R * (CODE_BYTES + SCALE_BYTES), s_bytes = SALIENT_RUNS * (TOKENS * 64 + R * w.s_item_bytes);
+    auto weights = [&](int item, int slot) {
+        const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
+        if (item < w.q_items) {
+            barrier_expect(bar, q_bytes);
+            copy_weights(to + RUNS * TOKENS * 64, &maps.codes, item * CODE_PARTS, first_tile, bar);
+            copy_weights(to + RUNS * TOKENS * 64 + R * CODE_BYTES, &maps.scales, item, first_tile, bar);
+        } else {
+            barrier_expect(bar, s_bytes);
+            copy_weights(to + SALIENT_RUNS * TOKENS * 64, &maps.salient, (item - w.q_items) / SALIENT_RUNS, first_tile, bar);
+        }
+    };
+    auto next = [&](int item) { return item < w.q_items ? item + 1 : item + SALIENT_RUNS; };
+    int item = begin;
+    for (int s = 0; s < shape.slots && item < end; ++s, item = next(item)) weights(item, s);
+    wait_for_previous();
+    Place q(w.q_runs_per_block, RUNS, begin), s(w.s_runs_per_block, SALIENT_RUNS, max(0, begin - w.q_items) / SALIENT_RUNS);
+    item = begin;
+    for (int i = 0, slot = 0, parity = 1; item < end; ++i) {
+        if (i >= shape.slots) {
+            barrier_wait(bars + slot * 16 + 8, parity);
+            weights(item, slot);
+        }
+        const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
+        if (item < w.q_items) {
+            copy_x(to, &maps.q_x, token, q.within, q.block, bar);
+            q.advance();
+        } else {
+            copy_x(to, &maps.s_x, token, s.within, s.block, bar);
+            s.advance();
+        }
+        item = next(item);
+        if (++slot == shape.slots) slot = 0, parity ^= 1;
+    }
+}
+
+// Unit u of a block, dequantized, as A operands: in the type of x, scales included.
+__device__ inline void weights_of(const uint32_t* words, const uint8_t* scales, int u, int lane, uint32_t (&a)[4][4]) {
+    auto group = [&](int run) { return make_group(*reinterpret_cast<const uint2*>(scales + run / GROUP_RUNS * GROUP_BYTES + 8 * (lane >> 2))); };
+    const Group first = group(2 * u), second = (2 * u + 1) % GROUP_RUNS ? first : group(2 * u + 1);
+    expand(words, first, second, a);
+    const uint32_t s[2][2] = {{twice(first.scale(0)), twice(first.scale(1))}, {twice(second.scale(0)), twice(second.scale(1))}};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[j][p] = mul2(a[j][p], s[j >> 1][p & 1]);
+}
+
+template <int TOKENS>
+__global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights w, const __grid_constant__ BatchMaps maps,
+                                               uint16_t* __restrict__ y, int64_t y_stride, const __grid_constant__ BatchShape shape) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, fetcher_warp = 4 * shape.warp_groups, R = 4 * shape.warp_groups;
+    const int split = shape.splits == 1 ? 0 : blockIdx.y, first_tile = blockIdx.x * R, token = blockIdx.z * TOKENS;
+    const uint32_t slots = shared_address(shared), bars = slots + shape.slots * shape.slot_bytes;  // per slot: full, empty
+    const int begin = shape.begin[split], end = shape.begin[split + 1];
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < shape.slots; ++s) barrier_init(bars + s * 16, 1), barrier_init(bars + s * 16 + 8, fetcher_warp);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    let_next_start();
+
+    float acc[TOKENS / 2];
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.f;
+
+    if (warp == fetcher_warp) {
+        if (lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
+    } else {
+        const bool bytes = w.salient_scales != nullptr;
+        const uint32_t codes_at = RUNS * TOKENS * 64 + warp * CODE_BYTES;
+        const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + warp * SCALE_BYTES;
+        const uint32_t salient_at = SALIENT_RUNS * (TOKENS * 64 + warp * w.s_item_bytes);
+        uint32_t a[2][4][4];
+        int slot = 0, previous = -1;
+        uint32_t parity = 0;
+        int item = begin;
+        for (; item < min(end, w.q_items); ++item) {
+            barrier_wait(bars + slot * 16, parity);
+            const uint8_t* stage = shared + slot * shape.slot_bytes;
+            const uint32_t x = slots + slot * shape.slot_bytes;
+            uint32_t words[WORDS];
+            load_words<WORDS>(stage + codes_at, lane, words, FromShared{});
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u) {
+                weights_of(words + u * RAW, stage + scales_at, u, lane, a[u & 1]);
+                wgmma_fence();
+#pragma unroll
+                for (int j = 0; j < 4; ++j) Wgmma<TOKENS>::run(acc, a[u & 1][j], x_descriptor(x + (2 * u + (j >> 1)) * TOKENS * 64 + (j & 1) * 32));
+                wgmma_commit();
+                if (UNITS == 3 && u == 2) wgmma_wait<0>();
+                else wgmma_wait<1>();  // the unit before is done: its registers, and after the first unit its slot, are free
+                if (u == 0 && previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
+            }
+            previous = slot;
+            if (++slot == shape.slots) slot = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+        if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
+        const int row = min(first_tile + warp, w.tiles - 1) * 16 + (lane >> 2);
+        const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : 0u, bytes ? twice(__half2float(w.salient_scales[row + 8])) : 0u};
+        for (; item < end; item += SALIENT_RUNS) {
+            barrier_wait(bars + slot * 16, parity);
+            const uint8_t* stage = shared + slot * shape.slot_bytes;
+            const uint32_t x = slots + slot * shape.slot_bytes;
+#pragma unroll
+            for (int h = 0; h < SALIENT_RUNS; ++h) {
+                uint32_t words[8], s[2][4];
+                if (bytes) load_words<4>(stage + salient_at + h * w.s_item_bytes, lane, words, FromShared{});
+                else load_words<8>(stage + salient_at + h * w.s_item_bytes, lane, words, FromShared{});
+                expand_salient(words, bytes, s);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
+                wgmma_fence();
+#pragma unroll
+                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc, a[h][j], x_descriptor(x + h * TOKENS * 64 + j * 32));
+                wgmma_commit();
+            }
+            wgmma_wait<0>();
+            if (lane == 0) barrier_arrive(bars + slot * 16 + 8);
+            if (++slot == shape.slots) slot = 0, parity ^= 1;
+        }
+    }
+
+    // Sums to shared memory, [token][rows], where the stages were; then over the CTAs of the cluster, a share of the tokens each.
+    __syncthreads();
+    const int rows = R * 16, pitch = rows + 4;
+    float* sums = reinterpret_cast<float*>(shared);
+    if (warp != fetcher_warp) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i)
+            sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + warp * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[i];
+    }
+    if (shape.splits == 1) __syncthreads();
+    else cluster_sync();
+    const int here = min(TOKENS, shape.tokens - token);
+    for (int o = threadIdx.x + blockDim.x * split; o < here * rows / 4; o += blockDim.x * shape.splits) {
+        const int m = o / (rows / 4), row = 4 * (o % (rows / 4)), out = first_tile * 16 + row;
+        if (out >= w.out_features) continue;
+        float total[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[e] = w.bias && out + e < w.out_features ? widen(static_cast<const uint16_t*>(w.bias)[out + e]) : 0.f;
+        for (int s = 0; s < shape.splits; ++s) {
+            const uint32_t address = slots + (m * pitch + row) * 4, from = shape.splits == 1 ? address : remote_address(address, s);
+            float v[4];
+            asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(from) : "memory");
+#pragma unroll
+            for (int e = 0; e < 4; ++e) total[e] += v[e];
+        }
+        uint16_t* to = y + (token + m) * y_stride + out;
+        if (out + 4 <= w.out_features && (reinterpret_cast<uintptr_t>(to) & 7) == 0) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrow(total[0]) | uint32_t(narrow(total[1])) << 16, narrow(total[2]) | uint32_t(narrow(total[3])) << 16);
+        } else {
+            for (int e = 0; e < 4 && out + e < w.out_features; ++e) to[e] = narrow(total[e]);
+        }
+    }
+    if (shape.splits > 1) cluster_sync();  // nobody leaves while its sums are being read
+}
+
+}  // namespace rosaq

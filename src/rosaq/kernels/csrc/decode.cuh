@@ -1,0 +1,277 @@
+// Few tokens (M <= 16): every warp streams its own row tiles.
+//
+// A CTA owns R = `row_warps` * TILES row tiles and one of `splits` stretches of their items; its warps are row_warps x k_warps, each with
+// TILES tiles and a stretch of the CTA's items. A warp copies DEPTH items per tile ahead (cp.async) into its own ring in shared memory
+// and needs no other warp until the sums are added up. Weights are fetched before the previous kernel of the
+// stream has finished; x, which that kernel may be writing, is read after.
+//
+// x lies in shared memory as [run][token][64 bytes], its 16-byte pieces exchanged as in the 64-byte swizzle, so ldmatrix has no conflicts.
+// The sums are added in a fixed order: results do not change from run to run.
+#pragma once
+#include "format.cuh"
+
+namespace rosaq {
+
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (BF16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address)
+                 : "memory");
+}
+
+__device__ inline void copy_16(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy_8(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy_4(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void copy_wait() {  // until at most PENDING of this thread's groups are under way
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+struct DecodeShape {
+    int tokens, row_warps, k_warps, splits, x_bytes;
+    uint32_t q_reciprocal, s_reciprocal;  // of runs per block, for `divide`
+    uint16_t begin[200];                  // first item of every k_warp of every split, and the end
+};
+constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
+__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
+
+// Runs [first, first + count) of x, all tokens, to shared memory; channels that do not exist read as zero.
+__device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const uint16_t* x, int64_t x_stride, int first, int count, uint32_t to) {
+    const int q_runs = w.q_items * RUNS, tokens = shape.tokens;
+    for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
+        const int piece = i & 3, run = first + (i >> 2);
+        const bool salient = run >= q_runs;
+        const int r = salient ? run - q_runs : run, per_block = salient ? w.s_runs_per_block : w.q_runs_per_block;
+        const int block = divide(r, salient ? shape.s_reciprocal : shape.q_reciprocal), within = 32 * (r - block * per_block) + 8 * piece;
+        const bool there = block < w.blocks && within < (salient ? w.s_valid : w.q_valid);
+        const uint16_t* from = there ? x + int64_t(block) * w.block_size + (salient ? w.s_offset : w.q_offset) + within : x;
+        const uint32_t run_to = to + (i >> 2) * tokens * 64;
+        for (int m = 0; m < tokens; ++m) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(run_to + m * 64 + ((piece ^ ((m >> 1) & 3)) << 4)),
+                         "l"(from + (there ? m * x_stride : 0)), "r"(there ? 16 : 0)
+                         : "memory");
+        }
+    }
+}
+
+// What a lane holds of a quantized block of one row tile: its words as stored, and the scales.
+struct Held {
+    uint32_t words[WORDS];
+    uint2 groups[GROUPS];
+};
+
+// acc += scale * (unit u of a block times x), for one row tile. `b` are the operands of x: [run of the unit][token tile]. Within a group the
+// products gather in `sum`, in two chains, since a product waits for the one before it.
+template <int TOKEN_TILES>
+__device__ inline void multiply_unit(const Held& held, int u, const uint32_t (&b)[2][TOKEN_TILES][4], float (&sum)[TOKEN_TILES][2][4],
+                                     float (&acc)[TOKEN_TILES][4]) {
+    uint32_t a[4][4];
+    const Group first = make_group(held.groups[2 * u / GROUP_RUNS]);
+    const Group second = (2 * u + 1) % GROUP_RUNS ? first : make_group(held.groups[(2 * u + 1) / GROUP_RUNS]);
+    expand(held.words + u * RAW, first, second, a);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int run = 2 * u + h;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+            if (run % GROUP_RUNS == 0) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[n][0][e] = sum[n][1][e] = 0.f;
+            }
+            mma(sum[n][0], a[2 * h], b[h][n][0], b[h][n][1]);
+            mma(sum[n][1], a[2 * h + 1], b[h][n][2], b[h][n][3]);
+            if (run % GROUP_RUNS == GROUP_RUNS - 1) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[n][e] += (h ? second : first).scale(e >> 1) * (sum[n][0][e] + sum[n][1][e]);
+            }
+        }
+    }
+}
+
+template <int TOKEN_TILES, int TILES>
+__global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
+    decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
+           const __grid_constant__ DecodeShape shape, const __grid_constant__ Meeting meeting) {
+    constexpr int DEPTH = depth_of(TILES), RING_BYTES = DEPTH * TILES * SLOT_BYTES;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int row_warp = warp % shape.row_warps, k_warp = warp / shape.row_warps;
+    const int split = blockIdx.y, R = shape.row_warps * TILES;
+    const int first_tile = blockIdx.x * R, my_tile = first_tile + row_warp * TILES;
+    const uint32_t x_shared = shared_address(shared);
+    uint8_t* ring = shared + shape.x_bytes + warp * RING_BYTES;
+    const uint16_t* share = shape.begin + split * shape.k_warps;
+    const int cta_begin = share[0], cta_end = share[shape.k_warps], begin = share[k_warp], end = my_tile < w.tiles ? share[k_warp + 1] : begin;
+    const int q_end = min(end, w.q_items);
+    const bool bytes = w.salient_scales != nullptr;
+
+    // The next item to fetch, where it lies, and the slot for it. A tile that does not exist repeats the last one and is not stored.
+    const uint8_t* stream = w.stream + min(my_tile, w.tiles - 1) * w.tile_bytes + 16 * lane;
+    const int64_t tile_step = my_tile + 1 < w.tiles ? w.tile_bytes : 0;
+    const uint8_t* codes = stream + int64_t(begin) * CODE_BYTES;
+    const uint8_t* scales = stream + w.scales_offset + begin * SCALE_BYTES;
+    const uint8_t* salient = stream + w.salient_offset + max(0, begin - w.q_items) * w.s_item_bytes;
+    int next = begin;
+    auto fetch = [&](uint32_t to) {  // one group per call, also past the end, so that groups count items
+        if (next < q_end) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const uint32_t at = to + i * SLOT_BYTES;
+                const uint8_t* from = codes + i * tile_step;
+#pragma unroll
+                for (int k = 0; k < WORDS / 4; ++k) copy_16(at + 512 * k, from + 512 * k);
+                if (WORDS % 4 == 2) copy_8(at + 512 * (WORDS / 4) - 8 * lane, from + 512 * (WORDS / 4) - 8 * lane);
+                if (WORDS % 4 == 1) copy_4(at + 512 * (WORDS / 4) - 12 * lane, from + 512 * (WORDS / 4) - 12 * lane);
+                if (lane < SCALE_BYTES / 16) copy_16(at + CODE_BYTES, scales + i * tile_step);
+            }
+            codes += CODE_BYTES, scales += SCALE_BYTES;
+        } else if (next < end) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                copy_16(to + i * SLOT_BYTES, salient + i * tile_step);
+                if (!bytes) copy_16(to + i * SLOT_BYTES + 512, salient + i * tile_step + 512);
+            }
+            salient += w.s_item_bytes;
+        }
+        ++next;
+        copy_commit();
+    };
+    const uint32_t ring_lane = shared_address(ring) + 16 * lane;
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) fetch(ring_lane + d * TILES * SLOT_BYTES);
+    let_next_start();
+    wait_for_previous();
+    const int first_run = item_run(w, cta_begin);
+    stage_x(w, shape, x, x_stride, first_run, item_run(w, cta_end) - first_run, x_shared);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+
+    // Address that this lane gives ldmatrix: token lane % 8 (the last one again where there are fewer), piece lane / 8.
+    const int run_bytes = shape.tokens * 64;
+    uint32_t x_at[TOKEN_TILES];
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+        const int token = min(8 * n + (lane & 7), shape.tokens - 1);
+        x_at[n] = x_shared + token * 64 + (((lane >> 3) ^ ((token >> 1) & 3)) << 4) + (item_run(w, begin) - first_run) * run_bytes;
+    }
+    float acc[TILES][TOKEN_TILES][4] = {};
+    int slot = 0;  // bytes from the start of the ring
+    auto advance = [&]() {
+        __syncwarp();
+        fetch(ring_lane + slot);
+        slot = slot == RING_BYTES - TILES * SLOT_BYTES ? 0 : slot + TILES * SLOT_BYTES;
+    };
+    int item = begin;
+    for (; item < q_end; ++item) {
+        copy_wait<DEPTH - 1>();
+        __syncwarp();
+        Held held[TILES];
+        float sum[TILES][TOKEN_TILES][2][4];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            const uint8_t* data = ring + slot + i * SLOT_BYTES;
+            load_words<WORDS>(data, lane, held[i].words, FromShared{});
+#pragma unroll
+            for (int k = 0; k < GROUPS; ++k) held[i].groups[k] = *reinterpret_cast<const uint2*>(data + CODE_BYTES + k * GROUP_BYTES + 8 * (lane >> 2));
+        }
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+            uint32_t b[2][TOKEN_TILES][4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n) {
+                    load_matrices(b[h][n], x_at[n]);
+                    x_at[n] += run_bytes;
+                }
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) multiply_unit<TOKEN_TILES>(held[i], u, b, sum[i], acc[i]);
+        }
+        advance();
+    }
+    for (; item < end; ++item) {
+        copy_wait<DEPTH - 1>();
+        __syncwarp();
+        uint32_t b[TOKEN_TILES][4];
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+            load_matrices(b[n], x_at[n]);
+            x_at[n] += run_bytes;
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            const uint8_t* data = ring + slot + i * SLOT_BYTES;
+            uint32_t words[8], a[2][4];
+            if (bytes) load_words<4>(data, lane, words, FromShared{});
+            else load_words<8>(data, lane, words, FromShared{});
+            expand_salient(words, bytes, a);
+            float scale[2] = {1.f, 1.f};
+            if (bytes) {
+                const int row = min(my_tile + i, w.tiles - 1) * 16 + (lane >> 2);
+                scale[0] = __half2float(w.salient_scales[row]), scale[1] = __half2float(w.salient_scales[row + 8]);
+            }
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) {
+                float sum[4] = {};
+                mma(sum, a[0], b[n][0], b[n][1]);
+                mma(sum, a[1], b[n][2], b[n][3]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[i][n][e] += scale[e >> 1] * sum[e];
+            }
+        }
+        advance();
+    }
+
+    // Sums of all warps to shared memory, [tile][token][16 rows] in each warp's own ring; then over the warps, and over the splits.
+    copy_wait<0>();
+    constexpr int TILE_FLOATS = 16 * 8 * TOKEN_TILES;
+    float* sums = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                sums[i * TILE_FLOATS + (8 * n + 2 * (lane & 3) + (e & 1)) * 16 + (lane >> 2) + 8 * (e >> 1)] = acc[i][n][e];
+    __syncthreads();
+    const int rows = R * 16, outputs = shape.tokens * rows;
+    float* partial = meeting.partial + int64_t(blockIdx.x) * shape.splits * outputs;
+    auto store = [&](int token, int row, float total) {
+        const int out = first_tile * 16 + row;
+        if (out >= w.out_features) return;
+        if (w.bias) total += widen(static_cast<const uint16_t*>(w.bias)[out]);
+        y[token * y_stride + out] = narrow(total);
+    };
+    for (int o = threadIdx.x; o < outputs; o += blockDim.x) {
+        const int token = o / rows, row = o - token * rows, tile = row >> 4;
+        const float* from = reinterpret_cast<const float*>(shared + shape.x_bytes + tile / TILES * RING_BYTES) + tile % TILES * TILE_FLOATS + token * 16 + (row & 15);
+        float total = 0.f;
+        for (int k = 0; k < shape.k_warps; ++k) total += from[k * shape.row_warps * (RING_BYTES / 4)];
+        if (shape.splits == 1) store(token, row, total);
+        else partial[split * outputs + o] = total;
+    }
+    if (shape.splits == 1 || !last_to_arrive(meeting.counters + blockIdx.x, shape.splits)) return;
+    for (int o = threadIdx.x; o < outputs; o += blockDim.x) {
+        float total = 0.f;
+        for (int s = 0; s < shape.splits; ++s) total += __ldcg(partial + s * outputs + o);
+        store(o / rows, o % rows, total);
+    }
+}
+
+}  // namespace rosaq

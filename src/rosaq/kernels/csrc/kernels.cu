@@ -1,0 +1,105 @@
+// Entry points, plain C, one library per (bits, runs per group, type of x): see cuda.py, which builds and calls them.
+#include "batch.cuh"
+#include "decode.cuh"
+#include "dequantize.cuh"
+
+#include <cudaTypedefs.h>
+
+using namespace rosaq;
+
+namespace {
+
+template <typename... Expected, typename... Given>
+int launch(void (*kernel)(Expected...), dim3 grid, int threads, int shared_bytes, int cluster, bool overlap, cudaStream_t stream, Given... given) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (overlap) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {1, unsigned(cluster), 1};
+    }
+    return cudaLaunchKernelEx(&config, kernel, given...);
+}
+
+int blocks_of(int tiles, int each) { return (tiles + each - 1) / each; }
+
+int tensor_map(CUtensorMap* map, CUtensorMapDataType type, int dimensions, const void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
+               const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        void* function = nullptr;
+        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return 1;
+        encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    }
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    return encode(map, type, dimensions, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS;
+}
+
+// Items of `bytes` bytes, in `parts` parts each, `offset` bytes into the stream of every tile; a box is one item of R tiles.
+int weight_map(CUtensorMap* map, const Weights* w, int64_t offset, int bytes, int parts, int items, unsigned R) {
+    const cuuint64_t wide = bytes / 8 / parts, sizes[3] = {wide, cuuint64_t(items) * parts, cuuint64_t(w->tiles)};
+    const cuuint64_t strides[2] = {wide * 8, cuuint64_t(w->tile_bytes)};
+    const cuuint32_t box[3] = {cuuint32_t(wide), cuuint32_t(parts), R};
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, w->stream + offset, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+// x as (32 channels, tokens, runs of a block, blocks) from channel `offset` on; a box is `runs` runs of a tile of tokens.
+int x_map(CUtensorMap* map, const Weights* w, const void* x, int offset, int64_t x_stride, int tokens, int token_tile, int per_block, int runs) {
+    const int inner = runs < per_block ? runs : per_block;
+    const cuuint64_t sizes[4] = {32, cuuint64_t(tokens), cuuint64_t(per_block), cuuint64_t(w->blocks)};
+    const cuuint64_t strides[3] = {cuuint64_t(x_stride) * 2, 64, cuuint64_t(w->block_size) * 2};
+    const cuuint32_t box[4] = {32, cuuint32_t(token_tile), cuuint32_t(inner), cuuint32_t(runs / inner)};
+    return tensor_map(map, BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, static_cast<const uint16_t*>(x) + offset, sizes,
+                      strides, box, CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+}  // namespace
+
+extern "C" {
+
+int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, DecodeShape shape, int tiles_per_warp, Meeting meeting,
+                 int overlap, cudaStream_t stream) {
+    const int warps = shape.row_warps * shape.k_warps, token_tiles = shape.tokens <= 8 ? 1 : 2;
+    const int shared_bytes = shape.x_bytes + warps * tiles_per_warp * depth_of(tiles_per_warp) * SLOT_BYTES;
+    const dim3 grid(blocks_of(w->tiles, shape.row_warps * tiles_per_warp), shape.splits);
+    auto kernel = token_tiles == 1 ? (tiles_per_warp == 1 ? decode<1, 1> : decode<1, 2>) : (tiles_per_warp == 1 ? decode<2, 1> : decode<2, 2>);
+    return launch(kernel, grid, warps * 32, shared_bytes, 1, overlap, stream, *w, static_cast<const uint16_t*>(x), x_stride,
+                  static_cast<uint16_t*>(y), y_stride, shape, meeting);
+}
+
+int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, BatchShape shape, int token_tile, Meeting, int overlap,
+                cudaStream_t stream) {
+    const unsigned R = 4 * shape.warp_groups;
+    BatchMaps maps;
+    int failed = weight_map(&maps.codes, w, 0, CODE_BYTES, CODE_PARTS, w->q_items, R);
+    failed |= weight_map(&maps.scales, w, w->scales_offset, SCALE_BYTES, 1, w->q_items, R);
+    failed |= x_map(&maps.q_x, w, x, w->q_offset, x_stride, shape.tokens, token_tile, w->q_runs_per_block, RUNS);
+    if (w->s_items) {
+        failed |= weight_map(&maps.salient, w, w->salient_offset, SALIENT_RUNS * w->s_item_bytes, 1, w->s_items / SALIENT_RUNS, R);
+        failed |= x_map(&maps.s_x, w, x, w->s_offset, x_stride, shape.tokens, token_tile, w->s_runs_per_block, SALIENT_RUNS);
+    }
+    if (failed) return cudaErrorInvalidValue;
+    const dim3 grid(blocks_of(w->tiles, R), shape.splits, blocks_of(shape.tokens, token_tile));
+    auto kernel = token_tile == 32 ? batch<32> : token_tile == 64 ? batch<64> : batch<128>;
+    return launch(kernel, grid, shape.warp_groups * 128 + 32, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
+                  static_cast<uint16_t*>(y), y_stride, shape);
+}
+
+int rosaq_dequantize(const Weights* w, void* weight, int64_t columns, cudaStream_t stream) {
+    const dim3 grid(blocks_of(w->q_items + w->s_items, 8), w->tiles);
+    dequantize<<<grid, 256, 0, stream>>>(*w, static_cast<uint16_t*>(weight), columns);
+    return cudaGetLastError();
+}
+
+const char* rosaq_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+}

@@ -1,0 +1,227 @@
+"""The fused CUDA kernels for Hopper (sm_90a): one launch per layer, salient and quantized part together.
+
+Up to 16 tokens `csrc/decode.cuh` runs, up to `PREFILL_TOKENS` `csrc/batch.cuh`, above that the weight is dequantized (`csrc/dequantize.cuh`)
+and multiplied by cuBLAS. Weights are repacked once per layer (`stream.py`).
+The libraries are built with nvcc at first use, one per (bits, runs per scale, type of x), and kept in the user's cache folder.
+Results do not change from run to run: all sums have a fixed order.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+
+from rosaq.kernels import build, shapes, stream
+from rosaq.layout import LinearLayout
+
+NAME = "cuda"
+PREFILL_TOKENS = 512  # an estimate: see docs/kernels-log.md
+_TYPES = {torch.float16: 0, torch.bfloat16: 1}
+
+
+class _Weights(ctypes.Structure):
+    """`Weights` of csrc/format.cuh."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_void_p) for name in ("stream", "salient_scales", "bias")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("tile_bytes", "scales_offset", "salient_offset")]
+    _fields_ += [
+        (name, ctypes.c_int32)
+        for name in (
+            "out_features", "tiles", "q_items", "s_items", "s_item_bytes", "blocks", "block_size", "q_runs_per_block", "q_valid",
+            "q_offset", "s_runs_per_block", "s_valid", "s_offset",
+        )
+    ]  # fmt: skip
+
+
+class _Meeting(ctypes.Structure):
+    """`Meeting` of csrc/format.cuh."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [("partial", ctypes.c_void_p), ("counters", ctypes.c_void_p)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One repacked layer."""
+
+    form: stream.Form
+    stream: torch.Tensor  # (T, tile_bytes) uint8
+    salient_scales: torch.Tensor | None  # (16 T,) float16
+    bias: torch.Tensor | None  # (N,) in the type of x
+    gather: torch.Tensor | None  # positions in x, K reading a zero; None: x is read where it lies
+    counters: torch.Tensor  # (T,) int32, zero between launches: where CTAs that share a tile meet, so a layer runs once at a time
+
+
+def why_not(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None for float16 and bfloat16 activations on a Hopper GPU, where nvcc (or an earlier build) is at hand."""
+    if device.type != "cuda":
+        return f"the device is {device}, not a CUDA GPU"
+    if dtype not in _TYPES:
+        return f"activations are {dtype}; it takes float16 and bfloat16"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"it is built for compute capability 9.0 (Hopper); {device} has {capability[0]}.{capability[1]}"
+    form, _, _ = stream.plan(_unordered(layout))
+    return build.why_not(form.bits, form.group_runs, _TYPES[dtype])
+
+
+def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Prepared:
+    """Repack on the device that the tensors are on, and build the library if need be."""
+    device = tensors["qweight"].device
+    form, gather, runs = stream.plan(_unordered(layout))
+    if layout.ordered:  # column j of the stored weight meets input channel order[j]
+        positions = torch.cat((tensors["order"].long().cpu(), torch.tensor([layout.in_features])))
+        if gather is None:
+            gather = torch.arange(layout.in_features)
+        gather = positions[gather]
+    salient_scales = None
+    if layout.salient and layout.salient_bits == 8:
+        salient_scales = torch.nn.functional.pad(tensors["salient_scales"], (0, form.tiles * stream.TILE - layout.out_features))
+    bias = tensors.get("bias")
+    prepared = Prepared(
+        form=form,
+        stream=stream.repack(layout, tensors, form, runs, dtype),
+        salient_scales=salient_scales,
+        bias=None if bias is None else bias.to(dtype),
+        gather=None if gather is None else gather.to(device),
+        counters=torch.zeros(form.tiles, dtype=torch.int32, device=device),
+    )
+    library(form, dtype)
+    if not stream.boxable(form):
+        _boxed(form, device)
+    register()
+    torch.cuda.current_stream(device).synchronize()  # kernels fetch weights before the kernels in front of them have finished
+    return prepared
+
+
+def run(x_MK: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+    """The product (M, N) in the type of x."""
+    arguments = (x_MK, prepared.stream, prepared.salient_scales, prepared.bias, prepared.gather, prepared.counters)
+    if torch.compiler.is_compiling():
+        return torch.ops.rosaq.cuda_matmul(*arguments, list(astuple(prepared.form)))
+    return _matmul(*arguments, prepared.form)
+
+
+@lru_cache(maxsize=1)
+def register() -> torch.library.Library:
+    """Make `torch.ops.rosaq.cuda_matmul`, which torch.compile sees as one node."""
+    ops = torch.library.Library("rosaq", "FRAGMENT")
+    ops.define("cuda_matmul(Tensor x, Tensor stream, Tensor? salient_scales, Tensor? bias, Tensor? gather, Tensor counters, int[] form) -> Tensor")
+    ops.impl("cuda_matmul", lambda x, s, ss, b, g, c, form: _matmul(x, s, ss, b, g, c, stream.Form(*form)), "CUDA")
+    torch.library.register_fake(
+        "rosaq::cuda_matmul", lambda x, s, ss, b, g, c, form: x.new_empty(x.shape[0], stream.Form(*form).out_features), lib=ops
+    )
+    return ops
+
+
+def library(form: stream.Form, dtype: torch.dtype) -> ctypes.CDLL:
+    """The built library for this form and type."""
+    loaded = build.load(form.bits, form.group_runs, _TYPES[dtype])
+    loaded.rosaq_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def _unordered(layout: LinearLayout) -> LinearLayout:
+    """The layout without its gather, which `prepare` composes with the kernel's own."""
+    if not layout.ordered:
+        return layout
+    fields = {**layout.__dict__, "ordered": False}
+    return LinearLayout(**fields)
+
+
+def _matmul(
+    x: torch.Tensor,
+    stream_TB: torch.Tensor,
+    salient_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gather: torch.Tensor | None,
+    counters: torch.Tensor,
+    form: stream.Form,
+) -> torch.Tensor:
+    """Launch on the current stream of x's device."""
+    tokens = x.shape[0]
+    if gather is not None:
+        x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
+    if x.stride(1) != 1 or x.data_ptr() % 16 or (tokens > 1 and (x.stride(0) % 8 or x.stride(0) < x.shape[1])):
+        x = x.clone(memory_format=torch.contiguous_format)
+    y = torch.empty(tokens, form.out_features, dtype=x.dtype, device=x.device)
+    if tokens:
+        weights = _weights(form, stream_TB, salient_scales, bias)
+        if tokens > PREFILL_TOKENS:
+            return _prefill(x, weights, bias, form)
+        if tokens > shapes.DECODE_TOKENS and not stream.boxable(form):
+            form, gather = _boxed(form, x.device)
+            x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
+            weights = _weights(form, stream_TB, salient_scales, bias)
+        launch(x, y, weights, form, shapes.choose(form, tokens, _multiprocessors(x.device.index)), counters)
+    return y
+
+
+@lru_cache(maxsize=256)
+def _boxed(form: stream.Form, device: torch.device) -> tuple[stream.Form, torch.Tensor]:
+    """`stream.boxed` with the gather on a device."""
+    plain, gather = stream.boxed(form)
+    return plain, gather.to(device)
+
+
+def weights_of(prepared: Prepared) -> _Weights:
+    """The kernels' argument for a repacked layer."""
+    return _weights(prepared.form, prepared.stream, prepared.salient_scales, prepared.bias)
+
+
+def _weights(form: stream.Form, stream_TB: torch.Tensor, salient_scales: torch.Tensor | None, bias: torch.Tensor | None) -> _Weights:
+    pointers = [None if t is None else t.data_ptr() for t in (stream_TB, salient_scales, bias)]
+    return _Weights(*pointers, form.tile_bytes, form.scales_offset, form.salient_offset, *astuple(form)[2:])
+
+
+def launch(
+    x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: stream.Form, shape: shapes.Shape, counters: torch.Tensor, overlap: bool = True
+) -> None:
+    """One launch of the decoding or batch kernel; `overlap`: start fetching weights before the previous kernel has finished."""
+    lib = library(form, x.dtype)
+    device = x.device
+    x_stride = x.stride(0) if x.shape[0] > 1 else form.columns
+    partials = shape.partial_floats(form)
+    partial = torch.empty(partials, dtype=torch.float32, device=device) if partials else None
+    meeting = _Meeting(None if partial is None else partial.data_ptr(), counters.data_ptr())
+    function = lib.rosaq_decode if isinstance(shape.sizes, shapes.DecodeShape) else lib.rosaq_batch
+    with torch.cuda.device(device):
+        code = function(
+            ctypes.byref(weights),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x_stride),
+            ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_int64(y.stride(0)),
+            shape.sizes,
+            shape.variant,
+            meeting,
+            int(overlap),
+            ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+        )
+    if code:
+        raise RuntimeError(f"CUDA kernel not launched: {lib.rosaq_error(code).decode()} ({shape})")
+
+
+def _prefill(x: torch.Tensor, weights: _Weights, bias: torch.Tensor | None, form: stream.Form) -> torch.Tensor:
+    """Dequantize into scratch memory and multiply with cuBLAS."""
+    padded = form.columns != form.q_valid * form.blocks + form.s_valid * form.blocks or form.q_runs_per_block * stream.RUN != form.q_valid
+    make = torch.zeros if padded else torch.empty
+    weight = make(form.out_features, form.columns, dtype=x.dtype, device=x.device)
+    lib = library(form, x.dtype)
+    with torch.cuda.device(x.device):
+        code = lib.rosaq_dequantize(
+            ctypes.byref(weights),
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_int64(form.columns),
+            ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
+        )
+    if code:
+        raise RuntimeError(f"CUDA kernel not launched: {lib.rosaq_error(code).decode()}")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,148 @@
+"""How a launch of the CUDA kernels is cut up: every way that fits, an estimate of its time, and the choice of the shortest.
+
+The estimates were fitted to launches measured on an H200 (docs/kernels-log.md); they only have to put the ways in the right order.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any, ClassVar
+
+from rosaq.kernels.stream import RUN, TILE, Form
+
+DECODE_TOKENS = 16  # most that the decoding kernel takes
+SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
+
+
+class DecodeShape(ctypes.Structure):
+    """`DecodeShape` of csrc/decode.cuh."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_int32) for name in ("tokens", "row_warps", "k_warps", "splits", "x_bytes")]
+    _fields_ += [("q_reciprocal", ctypes.c_uint32), ("s_reciprocal", ctypes.c_uint32), ("begin", ctypes.c_uint16 * 200)]
+
+
+class BatchShape(ctypes.Structure):
+    """`BatchShape` of csrc/batch.cuh."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes")]
+    _fields_ += [("begin", ctypes.c_uint16 * 10)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a launch is cut up, with what is left of its arguments."""
+
+    sizes: DecodeShape | BatchShape
+    variant: int  # decoding: row tiles per warp; batch: tokens per CTA
+
+    def partial_floats(self, form: Form) -> int:
+        """Partial sums that the splits of the whole output meet over."""
+        if isinstance(self.sizes, BatchShape) or self.sizes.splits == 1:
+            return 0  # the splits of the batch kernel meet in shared memory, as a cluster
+        rows = self.sizes.row_warps * self.variant * TILE
+        return -(-form.tiles * TILE // rows) * rows * self.sizes.tokens * self.sizes.splits
+
+    def __repr__(self) -> str:
+        """Fields by name."""
+        sizes = ", ".join(f"{name}={getattr(self.sizes, name)}" for name, kind in type(self.sizes)._fields_ if kind is ctypes.c_int32)
+        return f"{type(self.sizes).__name__}({sizes}, variant={self.variant})"
+
+
+@lru_cache(maxsize=4096)
+def choose(form: Form, tokens: int, multiprocessors: int) -> Shape:
+    """The launch with the least estimated time among those that fit."""
+    candidates = decode_shapes(form, tokens) if tokens <= DECODE_TOKENS else batch_shapes(form, tokens)
+    cost = _decode_cost if tokens <= DECODE_TOKENS else _batch_cost
+    return min(candidates, key=lambda shape: cost(form, shape, multiprocessors))
+
+
+def decode_shapes(form: Form, tokens: int) -> list[Shape]:
+    """Every way to cut a launch of the decoding kernel that fits into shared memory."""
+    found: dict[tuple[int, ...], Shape] = {}
+    weights = (form.code_bytes + form.scale_bytes, form.s_item_bytes)
+    slot_bytes = max(1024, weights[0])
+    for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (8, 12, 16, 24)):
+        k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
+        if k_warps < 1 or (warps > 16 and (tokens > 8 or per_warp > 1)) or (splits, per_warp, row_warps, k_warps) in found:
+            continue
+        begin = _shares(form, weights, splits * k_warps)
+        x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * tokens * 64
+        if x_bytes + row_warps * k_warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes > SHARED_BYTES:
+            continue
+        reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
+        sizes = DecodeShape(tokens, row_warps, k_warps, splits, x_bytes, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
+        found[splits, per_warp, row_warps, k_warps] = Shape(sizes, per_warp)
+    if not found:
+        raise ValueError(f"the decoding kernel has no room for {tokens} tokens of {form.columns} channels in shared memory")
+    return list(found.values())
+
+
+def _runs(form: Form, item: int) -> int:
+    """Runs of x before an item."""
+    return min(item, form.q_items) * form.runs + max(0, item - form.q_items)
+
+
+def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
+    """First item of each of `parts` shares, and the end, where a quantized and a salient item cost as much as `weights` say."""
+    quantized = form.q_items * weights[0]
+    total = quantized + form.s_items * weights[1]
+    begin = []
+    for part in range(parts + 1):
+        at = total * part // parts
+        begin.append((at + weights[0] // 2) // weights[0] if at <= quantized else form.q_items + (at - quantized + weights[1] // 2) // weights[1])
+    return begin
+
+
+def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
+    """Estimated microseconds. The constants were fitted to 1658 launches measured on an H200 (docs/kernels-log.md)."""
+    sizes = shape.sizes
+    assert isinstance(sizes, DecodeShape)
+    two_token_tiles, per_warp = sizes.tokens > 8, shape.variant
+    tiles, warps = sizes.row_warps * per_warp, sizes.row_warps * sizes.k_warps
+    ctas = -(-form.tiles // tiles) * sizes.splits
+    slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
+    shared = sizes.x_bytes + warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes + 1024
+    registers = {(False, 1): 64, (False, 2): 80, (True, 1): 88, (True, 2): 128}[two_token_tiles, per_warp]
+    resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
+    each, most = ctas / multiprocessors, -(-ctas // multiprocessors)
+    load = tiles * form.tile_bytes / sizes.splits * (0.43 * most + 0.57 * max(each, 1))  # bytes, busiest multiprocessor
+    slower = 3.1 if two_token_tiles else 1.0
+    latency = load / per_warp / (min(max(each, 1), resident) * warps) * 180e-6 * slower
+    compute = latency + load * 2.2e-6 * slower**0.5
+    memory = form.tiles * form.tile_bytes / 3.9e6
+    time = 1 + max(compute, memory) + 0.68 * min(compute, memory) + ctas * sizes.x_bytes / 37e6 + 0.039 * sizes.k_warps
+    return time + (2.5 + 0.22 * sizes.splits if sizes.splits > 1 else 0) + 1.6 * (-(-most // resident) - 1) - (0.04 if resident > most else 0)
+
+
+def batch_shapes(form: Form, tokens: int) -> list[Shape]:
+    """Every way to cut a launch of the batch kernel that fits into shared memory."""
+    found = []
+    tile = next((t for t in (32, 64) if tokens <= t), 128)
+    weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
+    for groups, splits in product((1, 2, 3), (1, 2, 4, 8)):
+        stage = form.runs * tile * 64 + 4 * groups * (form.code_bytes + form.scale_bytes)
+        salient = 2 * (tile * 64 + 4 * groups * form.s_item_bytes) if form.s_items else 0
+        slot_bytes = -(-max(stage, salient) // 1024) * 1024
+        slots = min(8, SHARED_BYTES // (slot_bytes + 16))
+        sums = tile * (64 * groups + 4) * 4
+        if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2:
+            continue
+        begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
+        found.append(Shape(BatchShape(tokens, groups, splits, slots, slot_bytes, (ctypes.c_uint16 * 10)(*begin)), tile))
+    return found
+
+
+def _batch_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
+    """Estimated microseconds, fitted to measurements on an H200 (docs/kernels-log.md). Clusters of 4 and more leave multiprocessors idle."""
+    sizes = shape.sizes
+    assert isinstance(sizes, BatchShape)
+    tiles, tokens = 4 * sizes.warp_groups, shape.variant
+    token_tiles = -(-sizes.tokens // tokens)
+    ctas = -(-form.tiles // tiles) * sizes.splits * token_tiles
+    waves = -(-ctas // (multiprocessors if sizes.splits <= 2 else multiprocessors * 3 // 4))
+    stages = form.q_items * form.runs / 4 + form.s_items * 0.3  # in blocks of 128 channels
+    per_stage = 0.235 + tiles * (0.023 + 0.0003 * tokens)
+    x_bytes = _runs(form, form.q_items + form.s_items) * RUN / sizes.splits * tokens * 2
+    from_l2 = (ctas * x_bytes + form.tiles * form.tile_bytes * token_tiles) / 40e6
+    return 2 + waves * stages / sizes.splits * per_stage + from_l2 + (2.5 + 0.01 * tokens + 0.7 * sizes.splits if sizes.splits > 1 else 0)

@@ -1,0 +1,168 @@
+"""The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
+from rosaq.basis import PreparedBlock, prepare_block, residual_moment
+from rosaq.calibration import Calibration
+from rosaq.card import model_card
+from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
+from rosaq.clock import Clock, Progress, no_progress, peak_memory
+from rosaq.device import resolve_device
+from rosaq.moments import BlockInputs
+from rosaq.plan import Plan, make_plan
+from rosaq.recipe import Recipe, load_recipe
+from rosaq.rotation import principal_basis
+from rosaq.rounding.grid import quantize_linear
+from rosaq.source import Source, open_source
+from rosaq.statistics import Statistics, measure
+
+ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
+
+
+@dataclass
+class Report:
+    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes."""
+
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    device: str
+    bits_per_weight: float
+    checkpoint_bytes: int
+    original_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+
+
+def quantize(
+    model: str | Source,
+    output: str | Path,
+    recipe: str | Recipe = "rosaq-int4",
+    calibration: Calibration | Statistics | None = None,
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> Report:
+    """Quantize a model into a checkpoint folder that transformers loads.
+
+    Args:
+        model: hub id, local folder, `.gguf` file, or an opened source.
+        output: folder to make; it must not exist, or be empty.
+        recipe: a `Recipe`, the name of a shipped one, or a `.toml` file.
+        calibration: which text, and how much of it; by default 128 windows of 2048 tokens of the Pile. Or the
+            statistics that `measure` made of it, to share them between recipes.
+        device: "auto" (a CUDA GPU where there is one), "cpu", "cuda" or "cuda:N".
+        progress: called as (stage, done, total).
+
+    Returns:
+        Sizes, times and memory of the run.
+
+    Raises:
+        ValueError: whatever is wrong with the model, the recipe, the text or the destination; nothing is left behind.
+    """
+    clock = Clock()
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    device = resolve_device(device)
+    check_destination(Path(output).expanduser().absolute())
+    with clock("open"):
+        source = open_source(model) if isinstance(model, str) else model
+        plan = make_plan(recipe, source.architecture, _biases(source))
+    with CheckpointWriter(output) as writer:
+        if not isinstance(calibration, Statistics):
+            calibration = measure(source, calibration or Calibration(), device, progress, clock)
+        inputs = calibration.inputs
+        with clock("rotation"):
+            basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
+        with clock("rounding"):
+            for index in range(source.architecture.layers):
+                writer.add(quantize_block(source, index, inputs[index], recipe, plan, basis, device))
+                progress("rounding", index + 1, source.architecture.layers)
+            writer.add(quantize_tables(source, plan, basis, device))
+        sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
+        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device))
+        with clock("writing"):
+            _finish(writer, source, plan, report)
+    return report
+
+
+def quantize_block(
+    source: Source, index: int, inputs: BlockInputs, recipe: Recipe, plan: Plan, basis: torch.Tensor | None, device: str
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of one decoder block, by full name."""
+    prefix = source.architecture.block_prefix(index)
+    block = {name: tensor.to(device, torch.float32) for name, tensor in source.block(index).items()}
+    prepared = prepare_block(block, inputs, recipe, source.architecture, basis, plan.linears["down"])
+    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, plan, prefix).items()}
+    for norm, rotation in prepared.rotations.items():
+        stored[f"{prefix}{norm}.rotation"] = rotation.half()
+    linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
+    for name, tensor in prepared.block.items():
+        if name not in linear_weights:
+            stored[prefix + name] = tensor.to(source.dtype)
+    return stored
+
+
+def _round_block(prepared: PreparedBlock, plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
+    stored = {}
+    for role, module in LINEARS.items():
+        weight = prepared.block[f"{module}.weight"]
+        order = prepared.orders.get(SITE_OF[role])
+        try:
+            tensors = quantize_linear(weight, plan.linears[role], None if order is None else order.to(weight.device))
+        except ValueError as error:
+            raise ValueError(f"{prefix}{module}: {error}") from error
+        if f"{module}.bias" in prepared.block:
+            tensors["bias"] = prepared.block[f"{module}.bias"].half()
+        stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
+    return stored
+
+
+def quantize_tables(source: Source, plan: Plan, basis: torch.Tensor | None, device: str) -> dict[str, torch.Tensor]:
+    """Embedding, final norm and lm_head: rotated with the residual stream, at 8 bits where the plan says so."""
+    gain = source.final_norm()
+    folded = basis is not None
+    stored = {f"{FINAL_NORM}.weight": (torch.ones_like(gain) if folded else gain).to(source.dtype)}
+    names = {EMBEDDING: source.embedding()} if plan.tied else {EMBEDDING: source.embedding(), HEAD: source.head()}
+    for module, table in names.items():
+        parts: dict[str, list[torch.Tensor]] = {}
+        for start in range(0, table.shape[0], ROWS):
+            rows = table[start : start + ROWS].to(device, torch.float32)
+            if basis is not None:
+                rows = (rows * gain.to(rows) if module == HEAD else rows) @ basis.to(rows)
+            for name, tensor in _table_rows(rows, plan, module, source.dtype).items():
+                parts.setdefault(name, []).append(tensor.cpu())
+        stored.update({f"{module}.{name}": torch.cat(tensors) for name, tensors in parts.items()})
+    return stored
+
+
+def _table_rows(rows: torch.Tensor, plan: Plan, module: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    if module not in plan.tables:
+        return {"weight": rows.to(dtype)}
+    return quantize_linear(rows, replace(plan.tables[module], out_features=rows.shape[0]))
+
+
+def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report) -> None:
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = plan.tied
+    config.dtype = source.dtype
+    config.quantization_config = {
+        "quant_method": "rosaq",
+        "format_version": FORMAT_VERSION,
+        "recipe": report.recipe,
+        "calibration": report.calibration,
+        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
+        | {module: layout.form() for module, layout in plan.tables.items()},
+        "rotated_norms": list(plan.rotated_norms),
+    }
+    companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
+    writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
+
+
+def _biases(source: Source) -> frozenset[str]:
+    prefix = source.architecture.block_prefix(0)
+    return frozenset(role for role, module in LINEARS.items() if f"{prefix}{module}.bias" in source.tensors)

@@ -1,0 +1,94 @@
+"""What a recipe makes of an architecture, before any weight is read: the form of every layer, sizes, and refusals."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rosaq.architecture import EMBEDDING, HEAD, LINEARS, NORMS, SITE_NORM, SITE_OF, Architecture
+from rosaq.layout import LinearLayout
+from rosaq.recipe import Recipe
+
+TABLE_BITS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The form of a quantized model.
+
+    Attributes:
+        linears: form of each linear layer of a decoder block, by role; the same in every block.
+        tables: form of embedding and lm_head where they are stored at 8 bits, by module name; empty where they stay.
+        rotated_norms: names within a block of the norms that rotate at run time (rotation "per-layer").
+        untied: a tied embedding table gets a separate lm_head.
+        tied: embedding and lm_head are one table in the checkpoint.
+        bits_per_weight: stored bits over weights, all linear layers of the decoder blocks: scales, zero points,
+            salient channels, orders and run-time rotations included, embedding and lm_head not.
+        checkpoint_bytes: of all tensors.
+        original_bytes: of the same model in FP16, a tied table counted once.
+    """
+
+    linears: dict[str, LinearLayout]
+    tables: dict[str, LinearLayout]
+    rotated_norms: tuple[str, ...]
+    untied: bool
+    tied: bool
+    bits_per_weight: float
+    checkpoint_bytes: int
+    original_bytes: int
+
+
+def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str] = frozenset()) -> Plan:
+    """Lay a recipe out over an architecture.
+
+    Args:
+        recipe: the recipe.
+        architecture: the model's sizes.
+        biases: roles whose linear layer has a bias.
+
+    Raises:
+        ValueError: the recipe keeps more channels precise than there are; names the option and what is allowed.
+    """
+    a = architecture
+    _check_salient(recipe, a)
+    linears = {role: _linear(role, recipe, a, role in biases) for role in LINEARS}
+    untied = a.tied and recipe.rotation == "global"
+    weights = sum(layout.out_features * layout.in_features for layout in linears.values())
+    rotated = tuple(NORMS[norm] for norm in SITE_NORM.values()) if recipe.rotation == "per-layer" else ()
+    stored = sum(layout.bits_stored() for layout in linears.values()) + len(rotated) * 16 * a.hidden**2
+    other = 16 * (a.norm_weights() + sum(linears[role].out_features for role in biases))
+    blocks = a.layers * (stored + other) + 16 * a.hidden
+    copies = 1 if a.tied and not untied else 2
+    table = 16 * a.vocabulary * a.hidden
+    original = a.layers * (16 * weights + other) + 16 * a.hidden + table * (1 if a.tied else 2)
+    tables: dict[str, LinearLayout] = {}
+    too_large = untied and 2 * (blocks + copies * table) >= original
+    if recipe.embedding_bits == "8" or (recipe.embedding_bits == "auto" and too_large):
+        layout = LinearLayout(a.vocabulary, a.hidden, TABLE_BITS, min(recipe.group_size, a.hidden))
+        tables = {EMBEDDING: layout, HEAD: layout}
+        copies, table = 2, layout.bits_stored()
+    tied = copies == 1
+    total = blocks + copies * table
+    return Plan(linears, tables, rotated, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
+
+
+def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool) -> LinearLayout:
+    site = SITE_OF[role]
+    n, k = a.shape(role)
+    layout = LinearLayout(n, k, recipe.bits, recipe.group_size, salient_bits=recipe.salient_bits, bias=bias)
+    if site == "attn_out":
+        return replace(layout, blocks=a.heads, salient=recipe.salient_per_head) if recipe.salient_per_head else layout
+    if site == "mlp_out":
+        return layout
+    return replace(layout, salient=recipe.salient, ordered=recipe.selection == "magnitude" and recipe.salient > 0)
+
+
+def _check_salient(recipe: Recipe, a: Architecture) -> None:
+    if recipe.salient >= a.hidden:
+        raise ValueError(f"salient is {recipe.salient}, but the model is {a.hidden} channels wide; allowed are 0 to {a.hidden - 1}")
+    if recipe.salient_per_head >= a.head_size:
+        raise ValueError(f"salient_per_head is {recipe.salient_per_head}, but a head has {a.head_size} channels; allowed are 0 to {a.head_size - 1}")
+
+
+def expected_tensors(layout: LinearLayout, module: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Full names of a module's stored tensors, with shape and type."""
+    return {f"{module}.{name}": form for name, form in layout.tensors().items()}

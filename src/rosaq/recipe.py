@@ -1,0 +1,135 @@
+"""A recipe: one row of the table of methods, written whole into every checkpoint that it makes.
+
+A weight-only method is which basis a linear layer's inputs are put in, which input channels stay precise, and how the
+rest is rounded. `residual` sites are attn_in (q, k, v) and mlp_in (gate, up); `head` is attn_out (o); `down` is
+mlp_out. Sources: ROSAQ, arXiv:2506.13472 (Eq. 1, 3, 4, 6; App. G); AWQ, arXiv:2306.00978.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "bits": (3, 4),
+    "salient_bits": (8, 16),
+    "rotation": ("none", "global", "per-layer"),
+    "head_rotation": ("none", "head-wise"),
+    "selection": ("eigenvalue", "magnitude"),
+    "down_scaling": ("none", "awq"),
+    "embedding_bits": ("auto", "8", "16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        name: what the recipe is called in tables and in the checkpoint.
+        description: one sentence on what it is for; the cost at run time where there is one.
+        bits: width of a quantized weight, 3 or 4.
+        group_size: consecutive input channels that share one FP16 scale and one zero point. A group never crosses a
+            head of the attention output; where it does not divide the channels, the last group is shorter.
+        rotation: basis of the residual stream. "global": one PCA for all layers, absorbed (no cost at run time).
+            "per-layer": one PCA per attn_in and mlp_in, as the paper puts it; it cannot be absorbed and costs a
+            d x d product per site and token. "none": the model's own basis.
+        head_rotation: basis of the attention output. "head-wise": one PCA per key-value head (ROSAQ Eq. 6), absorbed.
+        salient: channels of attn_in and mlp_in that stay precise.
+        salient_per_head: channels of each head of attn_out that stay precise.
+        salient_bits: 16 (FP16) or 8 (INT8, one FP16 scale per output).
+        selection: "eigenvalue": the leading channels of the rotated basis (ROSAQ). "magnitude": the channels with the
+            largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
+        down_scaling: "awq": per-channel scaling of W_down's input, absorbed by W_up.
+        embedding_bits: width of embedding and lm_head. "16": as they are. "8": INT8 per group. "auto": 16, unless the
+            rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
+
+    Raises:
+        ValueError: a value that is not allowed, naming the field and what is.
+    """
+
+    name: str
+    description: str = ""
+    bits: int = 4
+    group_size: int = 128
+    rotation: str = "global"
+    head_rotation: str = "head-wise"
+    salient: int = 128
+    salient_per_head: int = 32
+    salient_bits: int = 16
+    selection: str = "eigenvalue"
+    down_scaling: str = "awq"
+    embedding_bits: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse types and values that mean nothing, and pairs that contradict each other."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            expected = {"int": int, "str": str}[getattr(field.type, "__name__", str(field.type))]
+            if type(value) is not expected:
+                raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
+        for name in ("salient", "salient_per_head"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
+        if self.group_size < 16 or self.group_size % 16:
+            raise ValueError(f"recipe {self.name!r}: group_size is {self.group_size}; it must be a multiple of 16, such as 32, 64 or 128")
+        if self.selection == "eigenvalue" and self.salient and self.rotation == "none":
+            raise ValueError(f"recipe {self.name!r}: selection by eigenvalue needs a rotation; use rotation 'global' or selection 'magnitude'")
+        if self.selection == "magnitude" and (self.rotation, self.head_rotation) != ("none", "none"):
+            raise ValueError(f"recipe {self.name!r}: selection by magnitude is made in the model's own basis: rotation and head_rotation 'none'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-able."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> "Recipe":
+        """A recipe out of a mapping; an unknown key is an error that lists the known ones.
+
+        Args:
+            values: field names and values.
+            origin: what to call the mapping in an error, such as the file's path.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{origin}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+        if "name" not in values:
+            raise ValueError(f"{origin}: the key 'name' is missing")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """This recipe with the fields that are not None changed."""
+        return dataclasses.replace(self, **{key: value for key, value in changes.items() if value is not None})
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with rosaq."""
+    names = [entry.name for entry in resources.files("rosaq").joinpath("recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A shipped recipe by name, or one from a TOML file.
+
+    Raises:
+        ValueError: no such recipe or file, or a file that is no recipe.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such recipe file")
+        text, origin = path.read_text(encoding="utf-8"), str(path)
+    elif name_or_path in shipped_recipes():
+        text, origin = resources.files("rosaq").joinpath("recipes", f"{name_or_path}.toml").read_text(encoding="utf-8"), name_or_path
+    else:
+        raise ValueError(f"unknown recipe {name_or_path!r}; shipped are {', '.join(shipped_recipes())}, or give a .toml file")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{origin}: not a TOML file: {error}") from error
+    return Recipe.from_dict(values, origin)

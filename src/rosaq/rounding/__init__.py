@@ -1,0 +1,1 @@
+"""From weights to codes: the grid, and the searches that choose what is rounded."""

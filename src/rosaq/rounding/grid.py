@@ -1,0 +1,97 @@
+"""The grid: asymmetric integers per group of input channels, and INT8 for salient channels and tables.
+
+w is stored as a code q with (q - zero) * scale nearest to w; scale is FP16 and spans the group's range including 0
+over 2^b - 1 steps, zero is an integer code (ROSAQ section 4; the grid of GPTQ and AWQ). Shape letters: N outputs,
+K inputs, Q quantized channels, S salient channels, B blocks, G groups, C channels of a full group.
+"""
+
+import torch
+
+from rosaq.layout import LinearLayout
+from rosaq.packing import pack, pack_zeros
+
+FP16_MAX = 65504.0
+FP16_TINY = 2.0**-24  # the smallest FP16 above zero
+
+
+def grouped(weight_NQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
+    """Quantized channels (N, Q) as (N, G, C); a shorter last group of a block is filled up with zeros.
+
+    Zeros do not change a range that includes 0, so the filling never reaches scale or zero point.
+    """
+    n, spare = weight_NQ.shape[0], layout.groups_per_block * layout.group_size - layout.quantized
+    blocks = weight_NQ.reshape(n, layout.blocks, layout.quantized)
+    return torch.nn.functional.pad(blocks, (0, spare)).reshape(n, layout.groups, layout.group_size)
+
+
+def ungrouped(values_NGC: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
+    """The inverse of `grouped`, (N, Q)."""
+    n = values_NGC.shape[0]
+    return values_NGC.reshape(n, layout.blocks, -1)[:, :, : layout.quantized].reshape(n, -1)
+
+
+def fit_grid(weight_NGC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (N, G) of each group by its minimum and maximum; the scale is a value that FP16 holds.
+
+    Raises:
+        ValueError: a range that no FP16 scale spans.
+    """
+    top = (1 << bits) - 1
+    low, high = weight_NGC.amin(-1).clamp_max(0), weight_NGC.amax(-1).clamp_min(0)
+    scale = (high - low) / top
+    if float(scale.max()) > FP16_MAX:
+        raise ValueError(f"a group of weights spans {float((high - low).max()):.3g}, more than an FP16 scale of a {bits}-bit grid can hold")
+    scale = scale.half().to(weight_NGC.dtype)
+    scale = torch.where(scale == 0, torch.full_like(scale, FP16_TINY if float(high.max()) or float(low.min()) else 1.0), scale)
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+def to_codes(weight_NGC: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest code (N, G, C) of each weight."""
+    return torch.round(weight_NGC / scale_NG[..., None] + zero_NG[..., None]).clamp(0, (1 << bits) - 1)
+
+
+def round_to_nearest(weight_NQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
+    """The weight (N, Q) after a trip through the grid: what `quantize_linear` stores, as numbers."""
+    weight = grouped(weight_NQ, layout)
+    scale, zero = fit_grid(weight, layout.bits)
+    return ungrouped((to_codes(weight, scale, zero, layout.bits) - zero[..., None]) * scale[..., None], layout)
+
+
+def quantize_linear(weight_NK: torch.Tensor, layout: LinearLayout, order_K: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The stored tensors of a linear layer, rounding to nearest.
+
+    Args:
+        weight_NK: the weight, float32 or float64, in the basis that the layer's input arrives in.
+        layout: its form.
+        order_K: where given, stored column j is the weight's column order[j].
+
+    Returns:
+        The tensors that `layout.tensors()` names, except the bias, on the weight's device.
+    """
+    assert weight_NK.shape == (layout.out_features, layout.in_features) and (order_K is not None) == layout.ordered
+    if order_K is not None:
+        weight_NK = weight_NK[:, order_K]
+    weight = grouped(weight_NK[:, layout.quantized_columns().to(weight_NK.device)], layout)
+    scale, zero = fit_grid(weight, layout.bits)
+    codes = ungrouped(to_codes(weight, scale, zero, layout.bits), layout)
+    stored = {
+        "qweight": pack(codes.to(torch.int64), layout.bits),
+        "scales": scale.half(),
+        "zeros": pack_zeros(zero.to(torch.int64), layout.zero_bits),
+    }
+    if layout.salient:
+        stored |= _salient(weight_NK[:, layout.salient_columns().to(weight_NK.device)], layout)
+    if order_K is not None:
+        stored["order"] = order_K.to(torch.int32)
+    return stored
+
+
+def _salient(weight_NS: torch.Tensor, layout: LinearLayout) -> dict[str, torch.Tensor]:
+    if layout.salient_bits == 16:
+        if float(weight_NS.abs().max()) > FP16_MAX:
+            raise ValueError(f"a salient weight is {float(weight_NS.abs().max()):.3g}, beyond FP16")
+        return {"salient": weight_NS.half()}
+    scale = (weight_NS.abs().amax(1) / 127).half().to(weight_NS.dtype).clamp_min(FP16_TINY)
+    codes = torch.round(weight_NS / scale[:, None]).clamp(-127, 127)
+    return {"salient": codes.to(torch.int8), "salient_scales": scale.half()}

@@ -1,0 +1,27 @@
+"""Which input channels stay precise, as an order of channels that begins with them.
+
+In a PCA basis the eigenvalues are sorted, so the salient channels are the first ones and there is nothing to choose
+(ROSAQ Eq. 3). In the model's own basis they are those of the largest mean |x| ("Mixed").
+"""
+
+import torch
+
+
+def salient_first(magnitude_K: torch.Tensor, salient: int) -> torch.Tensor:
+    """A permutation (K,): the `salient` channels of the largest magnitude, largest first, then the rest as they come."""
+    leading = magnitude_K.argsort(descending=True, stable=True)[:salient]
+    rest = torch.ones_like(magnitude_K, dtype=torch.bool)
+    rest[leading] = False
+    return torch.cat([leading, rest.nonzero().flatten()])
+
+
+def salient_first_heads(magnitude_K: torch.Tensor, salient: int, heads: int, kv_heads: int) -> torch.Tensor:
+    """Permutation matrices (H, E, E), one per key-value head, that put the head's salient channels first.
+
+    The query heads of a group share the values' channels, so their magnitudes are averaged. As bases of the attention
+    output they are absorbed like ROSAQ's head-wise rotation.
+    """
+    size = magnitude_K.numel() // heads
+    pooled = magnitude_K.view(kv_heads, heads // kv_heads, size).mean(1)
+    orders = torch.stack([salient_first(head, salient) for head in pooled])
+    return torch.eye(size, dtype=torch.float64)[orders].transpose(1, 2)

@@ -1,0 +1,1 @@
+"""The command line: a client of the library, apart from it so that `rosaq --help` need not load PyTorch."""

@@ -1,0 +1,58 @@
+"""`rosaq`: its commands, and what happens when one of them fails.
+
+Exit codes: 0 done; 1 something that the user gave is wrong, said in one sentence; 2 the command line itself is wrong;
+130 interrupted (Ctrl-C); 143 terminated. Whatever the code, nothing half-written is left behind.
+"""
+
+import os
+import signal
+import sys
+
+import typer
+
+from rosaq_cli.evaluate import evaluate
+from rosaq_cli.generate import generate
+from rosaq_cli.quantize import quantize
+from rosaq_cli.recipes import recipes
+from rosaq_cli.screen import errors
+from rosaq_cli.verify import verify
+
+app = typer.Typer(
+    help="Quantize language models to 3 and 4 bits with rotation-based saliency (ROSAQ), and run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode="rich",
+)
+app.command(rich_help_panel="Quantize")(quantize)
+app.command(rich_help_panel="Quantize")(recipes)
+app.command(rich_help_panel="Quantize")(verify)
+app.command(rich_help_panel="Run and measure")(evaluate)
+app.command(rich_help_panel="Run and measure")(generate)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from rosaq_cli.release import version
+
+        print(f"rosaq {version()}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit.")) -> None:
+    """Options of rosaq itself."""
+
+
+def main() -> None:
+    """Run the command line; the entry point `rosaq`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own options, not ours
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished output is removed
+    try:
+        app()
+    except (ValueError, MemoryError, NotImplementedError) as error:
+        errors.print(f"rosaq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("rosaq: interrupted; nothing was left behind", style="red", markup=False)
+        sys.exit(130)

@@ -1,0 +1,47 @@
+"""`rosaq quantize`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rosaq_cli.screen import show_json, show_table, stage_bars
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hub id, local Hugging Face folder, or .gguf file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must be empty or not exist.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="Shipped recipe ('rosaq recipes' lists them) or a .toml file.")] = "rosaq-int4",
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight, 3 or 4.", show_default="recipe's")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Channels that share a scale: 32, 64 or 128.", show_default="recipe's")] = None,
+    salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
+    salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
+    calibration: Annotated[str, typer.Option(help="pile, c4, wikitext2 (hub), self (sampled from the model), or a .txt/.jsonl file.")] = "pile",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no table.")] = False,
+) -> None:
+    """Quantize a model into a checkpoint that transformers loads."""
+    from rosaq import Calibration, load_recipe
+    from rosaq import quantize as run
+
+    chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, salient=salient, salient_per_head=salient_per_head)
+    with stage_bars(quiet or json_output) as progress:
+        report = run(model, output, chosen, Calibration(calibration, samples, seq_len, seed), device, progress=progress)
+    if json_output:
+        show_json(vars(report))
+    elif not quiet:
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+        rows = [
+            ["bits per weight", f"{report.bits_per_weight:.3f}"],
+            ["checkpoint", f"{report.checkpoint_bytes / 1e6:.1f} MB, {report.original_bytes / report.checkpoint_bytes:.2f} times smaller than FP16"],
+            ["FP16 file", f"{report.original_bytes / 1e6:.1f} MB"],
+            ["time", f"{sum(report.seconds.values()):.1f} s: {stages}"],
+            ["peak host memory", f"{report.peak_host_bytes / 2**30:.2f} GiB"],
+        ]
+        if report.peak_device_bytes:
+            rows.append(["peak device memory", f"{report.peak_device_bytes / 2**30:.2f} GiB"])
+        show_table(f"{output}: {chosen.name}", ["", "measured"], rows)

@@ -1,0 +1,75 @@
+"""Calibration windows, what is kept of the activations, and that it is what the model computes."""
+
+import pytest
+import torch
+
+from conftest import random_model, tokenizer
+from rosaq import Calibration, measure, open_source
+from rosaq.calibration import read_documents, token_windows, windows_hash
+from rosaq.skeleton import full_model
+
+
+def test_windows_are_seeded_and_hashed(text_file):
+    documents = read_documents(str(text_file))
+
+    def windows(seed):
+        return token_windows(documents, tokenizer(), Calibration(str(text_file), 4, 50, seed))
+
+    assert windows(0).shape == (4, 50)
+    assert torch.equal(windows(0), windows(0)) and not torch.equal(windows(0), windows(1))
+    assert windows_hash(windows(0)) == windows_hash(windows(0)) != windows_hash(windows(1))
+
+
+def test_text_formats(tmp_path):
+    (tmp_path / "a.txt").write_text("one text")
+    (tmp_path / "a.json").write_text('["one", {"text": "two"}]')
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_documents(str(tmp_path / "a.txt")) == ["one text"]
+    assert read_documents(str(tmp_path / "a.json")) == ["one", "two"]
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["one", "two"]
+
+
+def test_inputs_are_the_models_own(family, saved):
+    """Moments against hooks on the whole model; the residual sites divided by the norm's weight."""
+    source = open_source(str(saved(family)))
+    windows = torch.arange(160).remainder(90).view(5, 32)
+    statistics = measure(source, windows, "cpu")
+    model = full_model(source, torch.float32)
+    seen = {}
+    layer = model.model.layers[1]
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].flatten(0, -2).double()}))
+    with torch.inference_mode():
+        model(windows)
+    inputs = statistics.inputs[1]
+    for site, name, norm in (
+        ("attn_in", "self_attn.q_proj", layer.input_layernorm),
+        ("mlp_in", "mlp.gate_proj", layer.post_attention_layernorm),
+    ):
+        x = seen[name] / norm.weight.detach().double()
+        assert torch.allclose(inputs[site].moment, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(inputs[site].magnitude.double(), x.abs().mean(0), rtol=1e-3)
+    heads = seen["self_attn.o_proj"].view(-1, 2, 2, 16).permute(1, 0, 2, 3).flatten(1, 2)  # two query heads a key-value head
+    assert torch.allclose(inputs["attn_out"].moment, heads.transpose(1, 2) @ heads / heads.shape[1], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(inputs["mlp_out"].magnitude.double(), seen["mlp.down_proj"].abs().mean(0), rtol=1e-3)
+    sample = inputs["mlp_out"].sample
+    assert sample.shape == (160, 80) and torch.allclose(sample.double(), seen["mlp.down_proj"], atol=1e-4)
+
+
+def test_sliding_windows_are_the_models_own(tmp_path):
+    """A window shorter than the text must reach the blocks' masks: they come from the model's own forward pass."""
+    model = random_model("mistral", sliding_window=8)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    windows = torch.arange(64).view(2, 32)
+    statistics = measure(open_source(str(tmp_path / "m")), windows, "cpu")
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(windows)
+    assert torch.allclose(statistics.inputs[1]["mlp_out"].sample, seen[0], atol=1e-4)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(saved):
+    with pytest.raises(ValueError, match="calibration token 97 is not in the vocabulary of 97"):
+        measure(open_source(str(saved("llama"))), torch.full((1, 8), 97), "cpu")

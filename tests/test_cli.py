@@ -1,0 +1,191 @@
+"""The command line: what goes wrong is said in one sentence that names the thing, and the exit code is not 0."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+
+from conftest import random_model
+
+SIZES = ["--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]
+
+
+def rosaq(*arguments):
+    return subprocess.run([sys.executable, "-m", "rosaq", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def run(monkeypatch, capfd, *arguments):
+    """The command line in this process, which has PyTorch loaded: (exit code, standard output, standard error)."""
+    from rosaq_cli.app import main
+
+    capfd.readouterr()  # what saving the model printed
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["rosaq", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    return code, *capfd.readouterr()
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    return lambda *arguments: run(monkeypatch, capfd, *arguments)
+
+
+def test_quantize_evaluate_generate_verify(saved, text_file, tmp_path):
+    original, out = saved("llama"), tmp_path / "out"
+    done = rosaq("quantize", original, "-o", out, "--calibration", text_file, *SIZES)
+    assert done.returncode == 0, done.stderr
+    for word in ("bits per weight", "times smaller than FP16", "activations", "peak host memory"):
+        assert word in done.stdout
+    done = rosaq("evaluate", out, "--text", text_file, "--window", 32, "--against", original, "--json")
+    figures = json.loads(done.stdout)["result"]
+    assert 0 < figures["kl_divergence"] < 0.5 and 0.5 < figures["top1_agreement"] <= 1
+    assert figures["model"]["windows"] > 100 and figures["model"]["window_tokens"] == 32
+    done = rosaq("generate", out, "hello", "--max-tokens", 5)
+    assert done.returncode == 0 and done.stdout.startswith("hello") and "per second" in done.stderr
+    assert "whole, format 1" in rosaq("verify", out).stdout
+
+
+def refused(result, *words):
+    code, _, err = result
+    assert code == 1, err
+    assert err.count("\n") == 1 and err.startswith("rosaq: ") and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err, err
+
+
+def test_bad_models(cli, saved, text_file, tmp_path):
+    def quantize(model):
+        return cli("quantize", model, "-o", tmp_path / "out", "--calibration", text_file, *SIZES)
+
+    refused(quantize(tmp_path / "nothing"), tmp_path / "nothing", "no such folder or file")
+    refused(quantize(tmp_path / "nothing.gguf"), "nothing.gguf", "no such file")
+    refused(quantize(text_file), text_file, "a model is a folder, a .gguf file or a hub id")
+    (tmp_path / "empty").mkdir()
+    refused(quantize(tmp_path / "empty"), "no config.json")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF but not really")
+    refused(quantize(broken), broken, "GGUF")
+    original = saved("llama")
+    config = json.loads((original / "config.json").read_text())
+    for change, words in (
+        (dict(model_type="bert", architectures=["BertModel"]), ["'bert' is not supported", "llama (LlamaForCausalLM)", "qwen3"]),
+        (dict(architectures=["LlamaForSequenceClassification"]), ["'LlamaForSequenceClassification' is not a causal language model"]),
+        (dict(quantization_config={"quant_method": "gptq"}), ["already quantized (gptq)"]),
+    ):
+        (original / "config.json").write_text(json.dumps({**config, **change}))
+        refused(quantize(original), *words)
+    (original / "config.json").write_text("{")
+    refused(quantize(original), original / "config.json", "not valid JSON")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_weights(cli, saved, text_file, tmp_path):
+    original = saved("llama")
+    file = original / "model.safetensors"
+    data = file.read_bytes()
+    tensors = load(data)  # not memory-mapped: the file is about to change
+
+    def quantize():
+        return cli("quantize", original, "-o", tmp_path / "out", "--calibration", text_file, *SIZES)
+
+    file.write_bytes(data[: len(data) // 2])
+    refused(quantize(), file, "truncated or corrupt")
+    file.write_bytes(b"\0" * 100)
+    refused(quantize(), file, "truncated or corrupt")
+    file.unlink()
+    refused(quantize(), original, "no .safetensors file")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    for value, words in ((float("nan"), "holds NaN or Inf"), (float("inf"), "holds NaN or Inf")):
+        bad = {**tensors, name: tensors[name].clone()}
+        bad[name][3, 3] = value
+        save_file(bad, file, metadata={"format": "pt"})
+        refused(quantize(), name, words)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, metadata={"format": "pt"})
+    refused(quantize(), name, "is missing")
+    save_file({**tensors, "model.layers.0.mlp.extra.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    refused(quantize(), "model.layers.0.mlp.extra.weight", "is unknown")
+    save_file({**tensors, name: tensors[name].to(torch.int32)}, file, metadata={"format": "pt"})
+    refused(quantize(), name, "only float16, bfloat16 and float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-original", "text.jsonl"]
+
+
+def test_activations_that_overflow_name_the_block(cli, text_file, tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "model")
+    from conftest import tokenizer
+
+    tokenizer().save_pretrained(tmp_path / "model")
+    result = cli("quantize", tmp_path / "model", "-o", tmp_path / "out", "--calibration", text_file, *SIZES)
+    refused(result, "decoder block 1, inputs of mlp.down_proj", "NaN or Inf")
+
+
+def test_bad_calibration(cli, saved, tmp_path):
+    original = saved("llama")
+
+    def quantize(text, *more):
+        return cli("quantize", original, "-o", tmp_path / "out", "--calibration", text, *SIZES, *more)
+
+    refused(quantize(tmp_path / "none.txt"), "none.txt", "no such file", "pile, c4, wikitext2, self")
+    (tmp_path / "blank.txt").write_text(" \n ")
+    refused(quantize(tmp_path / "blank.txt"), "blank.txt", "holds no text")
+    (tmp_path / "short.txt").write_text("abc")
+    refused(quantize(tmp_path / "short.txt"), "3 tokens of text, but 2 windows of 32 need 64")
+    (tmp_path / "odd.jsonl").write_text('{"text": "abc"}\n{"body": 3}\n')
+    refused(quantize(tmp_path / "odd.jsonl"), "odd.jsonl, line 2", "no field 'text'")
+    (tmp_path / "odd.jsonl").write_text("not json\n")
+    refused(quantize(tmp_path / "odd.jsonl"), "odd.jsonl, line 1", "not valid JSON")
+    refused(quantize("self", "--seq-len", 129), "seq-len is 129 tokens", "context of 128")
+    refused(quantize("self", "--samples", 0), "samples is 0")
+
+
+def test_bad_options(cli, saved, text_file, tmp_path):
+    original = saved("llama")
+
+    def quantize(*more):
+        return cli("quantize", original, "-o", tmp_path / "out", "--calibration", text_file, *SIZES, *more)
+
+    refused(quantize("--recipe", "magic"), "unknown recipe 'magic'", "rosaq-paper")
+    (tmp_path / "r.toml").write_text('name = "x"\ncolour = "red"\n')
+    refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "unknown key 'colour'", "group_size")
+    (tmp_path / "r.toml").write_text("name = \n")
+    refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "not a TOML file")
+    refused(quantize("--bits", 5), "bits is 5; allowed are (3, 4)")
+    refused(quantize("--salient", 48), "salient is 48", "allowed are 0 to 47")
+    refused(quantize("--salient-per-head", 16), "salient_per_head is 16", "allowed are 0 to 15")
+    refused(quantize("--group-size", 20), "group_size is 20", "multiple of 16")
+    refused(quantize("--device", "cuda:77"), "device 'cuda:77'")
+    refused(quantize("--device", "tpu"), "device 'tpu'; allowed are auto, cpu, cuda")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("")
+    refused(quantize(), tmp_path / "out", "output folder is not empty")
+    assert rosaq("quantize").returncode == 2
+
+
+def test_bad_evaluation(cli, saved, tmp_path):
+    original = saved("llama")
+    (tmp_path / "short.txt").write_text("abc")
+    refused(cli("evaluate", original, "--text", tmp_path / "none.txt"), "none.txt", "cannot be read")
+    refused(cli("evaluate", original, "--text", tmp_path / "short.txt"), "3 tokens, less than one window of 2048")
+    refused(cli("evaluate", original, "--dataset", "ptb"), "dataset 'ptb'; allowed is wikitext2")
+    refused(cli("evaluate", original, "--data", tmp_path), "wiki.test.raw: no such file")
+    refused(cli("evaluate", original, "--text", tmp_path / "short.txt", "--window", 2, "--dtype", "int8"), "dtype 'int8'; allowed are auto")
+    refused(cli("generate", original, "abc", "--max-tokens", 1000), "--max-tokens is at most 125")
+    refused(cli("generate", original, "abc", "--chat"), "no chat template")
+    refused(cli("verify", original), "not the folder of a rosaq checkpoint")
+
+
+def test_help_needs_no_pytorch():
+    code = "import sys; sys.argv = ['rosaq', '--help']\nfrom rosaq_cli.app import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert rosaq("--version").stdout.startswith("rosaq 0.")

@@ -1,0 +1,84 @@
+"""Imports go one way: a file imports only files of a lower level. One table holds the order of the whole package."""
+
+import ast
+from pathlib import Path
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+# Level of each module; a sub-package counts as its files. What is not listed fails.
+LEVELS = {
+    "rosaq.version": 0, "rosaq.layout": 0, "rosaq.packing": 0, "rosaq.recipe": 0, "rosaq.architecture": 0, "rosaq.clock": 0, "rosaq.device": 0,
+    "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
+    "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1,
+    "rosaq.source": 2,
+    "rosaq.kernels": 2,
+    "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
+    "rosaq.moments": 4, "rosaq.engines": 4,
+    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
+    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.benchmark": 6,
+    "rosaq": 7,
+    "rosaq_cli": 8,
+    "rosaq.__main__": 9,
+}  # fmt: skip
+# The two halves share the recipe, the layout and the checkpoint, nothing else.
+SERVING = ("rosaq.kernels", "rosaq.linear", "rosaq.embedding", "rosaq.norm", "rosaq.engines.transformers")
+CALIBRATING = ("rosaq.calibration", "rosaq.moments", "rosaq.statistics", "rosaq.basis", "rosaq.rotation", "rosaq.rounding", "rosaq.pipeline")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+
+
+def unit(module: str) -> str:
+    """The entry of LEVELS that a module belongs to: itself, or the nearest package above it that is listed."""
+    while module not in LEVELS and "." in module:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imported(path: Path) -> set[str]:
+    modules = {module_name(file) for file in SRC.rglob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+    return {name for name in found if name.partition(".")[0] in ("rosaq", "rosaq_cli")}
+
+
+def edges():
+    for path in SRC.rglob("*.py"):
+        for target in imported(path):
+            yield module_name(path), target
+
+
+def test_every_module_has_a_level():
+    for path in SRC.rglob("*.py"):
+        name = module_name(path)
+        assert unit(name) in LEVELS and (unit(name) != "rosaq" or name == "rosaq"), f"{name} is not in the table of levels"
+
+
+def test_imports_go_down():
+    upward = [
+        f"{source} imports {target}" for source, target in edges() if unit(source) != unit(target) and LEVELS[unit(target)] >= LEVELS[unit(source)]
+    ]
+    assert upward == []
+
+
+def test_serving_loads_no_calibration_code():
+    wrong = [f"{source} imports {target}" for source, target in edges() if unit(source) in SERVING and unit(target) in CALIBRATING]
+    assert wrong == []
+
+
+def test_files_and_functions_stay_small():
+    long = []
+    for path in SRC.rglob("*.py"):
+        text = path.read_text()
+        if len(text.splitlines()) > 400:
+            long.append(f"{path.name}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 60:
+                long.append(f"{path.name}: {node.name} has {node.end_lineno - node.lineno} lines")
+    assert long == []

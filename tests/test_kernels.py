@@ -1,0 +1,172 @@
+"""The CPU kernels agree with the reference; the choice among kernels says why; `RosaqLinear` keeps the checkpoint's form."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from rosaq import kernels
+from rosaq.benchmark.kernels import random_tensors
+from rosaq.kernels import build, cpu, cuda, dequantized, reference, shapes, stream
+from rosaq.layout import LinearLayout
+from rosaq.linear import RosaqLinear
+
+LAYOUTS = {
+    "plain": LinearLayout(64, 256, 4, 64),
+    "salient prefix": LinearLayout(48, 192, 4, 64, salient=64, bias=True),
+    "heads, shorter groups": LinearLayout(72, 576, 3, 64, blocks=9, salient=16, bias=True),
+    "heads, 8-bit salient": LinearLayout(64, 512, 4, 128, blocks=4, salient=32, salient_bits=8),
+    "ordered, ragged outputs": LinearLayout(100, 576, 4, 64, salient=64, salient_bits=8, bias=True, ordered=True),
+    "odd sizes": LinearLayout(50, 200, 2, 48, blocks=2, salient=4, salient_bits=8),
+    "8 bits": LinearLayout(64, 576, 8, 64),
+    "one wide group": LinearLayout(32, 96, 3, 1000, salient=32),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dequantized_weight_equals_the_reference(layout: LinearLayout, dtype: torch.dtype) -> None:
+    tensors = random_tensors(layout, "cpu")
+    assert torch.equal(dequantized.dequantize(layout, tensors, dtype), reference.dequantize(layout, tensors, dtype))
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])
+def test_matmul_agrees_with_float64(layout: LinearLayout, dtype: torch.dtype, tokens: int) -> None:
+    tensors = random_tensors(layout, "cpu")
+    x = torch.randn(tokens, layout.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = kernels.matmul(x, layout, tensors)
+    assert y.shape == (tokens, layout.out_features) and y.dtype == dtype
+    if tokens:
+        expected = reference.matmul(x.double(), layout, tensors)
+        assert relative(y, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_any_stride_and_any_number_of_dimensions() -> None:
+    layout = LAYOUTS["salient prefix"]
+    tensors = random_tensors(layout, "cpu")
+    x = torch.randn(2, 3, 2 * layout.in_features).bfloat16()[..., ::2]
+    y = kernels.matmul(x, layout, tensors)
+    assert y.shape == (2, 3, layout.out_features)
+    assert torch.equal(y, kernels.matmul(x.contiguous(), layout, tensors))
+
+
+def test_choice_follows_type_and_device_and_names_every_reason() -> None:
+    layout, device = LAYOUTS["plain"], torch.device("cpu")
+    assert kernels.choose(layout, device, torch.bfloat16) is cpu
+    assert kernels.choose(layout, device, torch.float32) is dequantized
+    assert kernels.reasons(layout, device, torch.float32).keys() == {"cuda", "cpu", "dequantized"}
+    with pytest.raises(ValueError, match=r"cuda: the device is cpu.*cpu: activations are torch.float32"):
+        kernels.choose(layout, device, torch.float32, ["cuda", "cpu"])
+    with pytest.raises(ValueError, match="unknown kernels"):
+        kernels.choose(layout, device, torch.float32, ["marlin"])
+    with pytest.raises(ValueError, match="not floating point"):
+        kernels.choose(layout, device, torch.int8)
+
+
+def test_state_dict_is_the_checkpoint_and_survives_a_round_trip() -> None:
+    layout = LAYOUTS["heads, shorter groups"]
+    tensors = random_tensors(layout, "cpu")
+    layer = RosaqLinear(layout, "meta")
+    assert all(buffer.is_meta for buffer in layer.buffers())
+    with pytest.raises(ValueError, match="meta device"):
+        layer.tensors()
+    layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(tensors)
+    x = torch.randn(2, layout.in_features).bfloat16()
+    before = layer(x)
+    state = layer.state_dict()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == layout.tensors()
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other = RosaqLinear(layout)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other(x), before)
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+
+
+def test_prepared_weights_follow_new_values_and_types_stay() -> None:
+    layout = LAYOUTS["plain"]
+    layer = RosaqLinear(layout)
+    x = torch.randn(2, layout.in_features).bfloat16()
+    for seed in (1, 2):
+        tensors = random_tensors(layout, "cpu", seed)
+        layer.load_state_dict(tensors)
+        assert torch.equal(layer(x), kernels.matmul(x, layout, tensors))
+    layer.scales = tensors["scales"] * 2  # as loaders do
+    assert torch.equal(layer(x), kernels.matmul(x, layout, {**tensors, "scales": tensors["scales"] * 2}))
+    layer.to(torch.bfloat16)
+    assert layer.scales.dtype == torch.float16 and layer.qweight.dtype == torch.int32
+
+
+def test_repack_can_drop_the_stored_tensors() -> None:
+    layout = LAYOUTS["plain"]
+    layer = RosaqLinear(layout)
+    layer.load_state_dict(random_tensors(layout, "cpu"))
+    x = torch.randn(2, layout.in_features).bfloat16()
+    expected = layer(x)
+    assert layer.repack(torch.bfloat16, free=True) == "cpu"
+    assert not list(layer.buffers()) and torch.equal(layer(x), expected)
+    with pytest.raises(ValueError, match="dropped by repack"):
+        layer(x.half())
+
+
+def test_allowed_kernels_are_obeyed() -> None:
+    layout = LAYOUTS["plain"]
+    layer = RosaqLinear(layout)
+    layer.load_state_dict(random_tensors(layout, "cpu"))
+    layer.allow_kernels(["dequantized"])
+    assert layer.repack(torch.bfloat16) == "dequantized"
+    layer.allow_kernels(["cuda"])
+    with pytest.raises(ValueError, match="the device is cpu"):
+        layer(torch.randn(1, layout.in_features).bfloat16())
+
+
+def test_compiles_without_graph_breaks() -> None:
+    layout = LAYOUTS["salient prefix"]
+    layer = RosaqLinear(layout)
+    layer.load_state_dict(random_tensors(layout, "cpu"))
+    layer.repack(torch.bfloat16)
+    x = torch.randn(2, layout.in_features).bfloat16()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+@every_layout
+def test_stream_of_the_cuda_kernels_has_the_planned_size(layout: LinearLayout) -> None:
+    tensors = {name: tensor for name, tensor in random_tensors(layout, "cpu").items() if name != "order"}
+    plain = cuda._unordered(layout)
+    form, gather, runs = stream.plan(plain)
+    packed = stream.repack(plain, tensors, form, runs, torch.float16)
+    assert packed.shape == (form.tiles, form.tile_bytes) and form.salient_offset % 128 == 0 == form.code_bytes % 128
+    assert gather is None or len(gather) == form.columns
+    for tokens in (1, 16, 17, 300):
+        shape = shapes.choose(form, tokens, 132)
+        assert shape.sizes.tokens == tokens
+
+
+def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
+    layout = LinearLayout(16, 128, 4, 128)
+    tensors = random_tensors(layout, "cpu")
+    form, _, runs = stream.plan(layout)
+    words = stream.repack(layout, tensors, form, runs, torch.float16)[0, :1024].contiguous().view(torch.int32).view(2, 32, 4)
+    codes = reference.unpack(tensors["qweight"], 4, 128)
+    for unit, lane, step, pair, e in [(0, 0, 0, 0, 0), (1, 5, 2, 1, 1), (0, 31, 3, 3, 0), (1, 18, 1, 2, 1)]:
+        g, t = divmod(lane, 4)
+        channel = 64 * unit + 16 * step + 8 * (pair >> 1) + 2 * t + e
+        code = (int(words[unit, lane, step]) >> (4 * pair + 16 * e)) & 15
+        assert code == int(codes[g + 8 * (pair & 1), channel])
+
+
+def test_library_names_change_with_the_sources_and_constants() -> None:
+    names = {build.cached(bits, runs, bf16).name for bits in (3, 4, 8) for runs in (1, 2, 3, 4) for bf16 in (0, 1)}
+    assert len(names) == 24

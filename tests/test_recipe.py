@@ -1,0 +1,72 @@
+"""Recipes: shipped ones load, unknown keys and impossible values do not, plans count every stored bit."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosaq.architecture import FAMILIES, Architecture
+from rosaq.plan import make_plan
+from rosaq.recipe import Recipe, load_recipe, shipped_recipes
+
+LLAMA2_7B = Architecture(FAMILIES["llama"], 4096, 11008, 32, 32, 32, 128, 32000, False, 4096)
+
+
+def test_shipped_recipes_load_and_describe_themselves():
+    assert {"rosaq-int4", "rosaq-int3", "rosaq-paper", "rosaq-paper-per-layer", "rtn", "mixed"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name and recipe.description.endswith(".")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(bits=5), r"bits is 5; allowed are \(3, 4\)"),
+        (dict(bits="4"), "bits is '4'; it must be of type int"),
+        (dict(bits=True), "bits is True; it must be of type int"),
+        (dict(rotation="random"), "rotation is 'random'; allowed are"),
+        (dict(salient=-1), "salient is -1; it must be 0 or more"),
+        (dict(group_size=100), "group_size is 100; it must be a multiple of 16"),
+        (dict(rotation="none"), "selection by eigenvalue needs a rotation"),
+        (dict(selection="magnitude"), "selection by magnitude is made in the model's own basis"),
+    ],
+)
+def test_impossible_recipes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"name": "x", **change})
+
+
+@given(st.dictionaries(st.text(max_size=12), st.one_of(st.integers(), st.text(max_size=5), st.none(), st.lists(st.integers()))))
+def test_any_mapping_is_a_recipe_or_one_sentence(values):
+    try:
+        Recipe.from_dict(values)
+    except ValueError as error:
+        assert "\n" not in str(error).replace(repr(values), "")
+
+
+def test_bits_per_weight_by_hand():
+    # q, k, v, gate, up: 128 FP16 channels of 4096, the rest 4 bits and 20 bits a group of 128. o: 32 of each head's
+    # 128 in FP16, 96 in one group. down: 11008 channels in 86 groups. Weighted by their sizes.
+    residual = (128 * 16 + 3968 * 4 + 31 * 20) / 4096
+    attention = (32 * 16 + 96 * 4 + 20) / 128
+    down = 4 + 20 / 128
+    sizes = (3 * 4096**2 + 2 * 11008 * 4096, 4096**2, 11008 * 4096)
+    wanted = (residual * sizes[0] + attention * sizes[1] + down * sizes[2]) / sum(sizes)
+    assert make_plan(load_recipe("rosaq-paper"), LLAMA2_7B).bits_per_weight == pytest.approx(wanted, rel=1e-12)
+    assert round(wanted, 2) == 4.66  # what the recipe's file says
+
+
+def test_a_rotation_per_layer_pays_for_itself():
+    plans = {name: make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-paper-per-layer")}
+    block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].linears.values())
+    extra = plans["rosaq-paper-per-layer"].bits_per_weight - plans["rosaq-paper"].bits_per_weight
+    assert extra == pytest.approx(2 * 16 * 4096**2 / block)
+
+
+def test_tied_tables():
+    tied = dataclasses.replace(LLAMA2_7B, tied=True)
+    assert make_plan(load_recipe("rtn"), tied).tied and not make_plan(load_recipe("rosaq-paper"), tied).tied
+    assert not make_plan(load_recipe("rosaq-paper"), tied).tables  # small beside 7B: 16 bits fit under half

@@ -1,0 +1,124 @@
+"""transformers loads, saves and reloads a checkpoint, and refuses one that is not whole."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rosaq import Calibration, load_recipe, quantize
+from rosaq.linear import RosaqLinear
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture
+def checkpoint(saved, text_file, tmp_path):
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4, salient_bits=8, embedding_bits="8")
+    quantize(str(saved("llama-biased")), tmp_path / "out", recipe, Calibration(str(text_file), 2, 32), "cpu")
+    return tmp_path / "out"
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def edit(checkpoint, change):
+    """Change the tensors of a checkpoint's only shard."""
+    file = checkpoint / "model.safetensors"
+    tensors = load(file.read_bytes())
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_reload_is_bit_for_bit(checkpoint, tmp_path, dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)
+    assert torch.equal(logits(loaded), logits(again))
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if not before[name].dtype.is_floating_point or dtype == torch.float16)
+    configs = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (checkpoint, tmp_path / "again")]
+    assert configs[0] == configs[1]
+
+
+def test_stored_tensors_keep_their_types(checkpoint):
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(torch.float32)
+    layer = loaded.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, RosaqLinear)
+    kinds = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
+    assert kinds == {name: dtype for name, (_, dtype) in layer.layout.tensors().items()}
+
+
+def test_generate_goes_on_as_logits_say(checkpoint):
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    out = loaded.generate(IDS[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    ids = IDS[:1]
+    for _ in range(4):
+        ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, ids)
+
+
+def test_half_precision_stays_near_float32(checkpoint):
+    exact = logits(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    for dtype, tolerance in ((torch.bfloat16, 4e-2), (torch.float16, 4e-2)):  # the CPU computes float16 products in bfloat16
+        got = logits(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)).float()
+        assert float((got - exact).norm() / exact.norm()) < tolerance
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    edit(checkpoint, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.scales"))
+    with pytest.raises(ValueError, match=r"tensor 'model.layers.1.mlp.up_proj.scales' is missing"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_an_unknown_tensor_is_named(checkpoint):
+    edit(checkpoint, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.extra": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"model.safetensors: tensor 'model.layers.0.mlp.up_proj.extra' is unknown"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_wrong_shape_or_type_is_named(checkpoint):
+    name = "model.layers.0.self_attn.k_proj.qweight"
+    edit(checkpoint, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
+    with pytest.raises(ValueError, match=rf"tensor '{name}' has shape .*the recipe asks for"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+    edit(checkpoint, lambda tensors: tensors.update({name: torch.zeros(32, 4)}))
+    with pytest.raises(ValueError, match=rf"tensor '{name}'"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(format_version=99), "checkpoint format 99; this rosaq reads format 1"),
+        (lambda q: q.update(colour="red"), "unknown key 'colour'"),
+        (lambda q: q["recipe"].update(bits=7), "bits is 7; allowed are"),
+        (lambda q: q["recipe"].update(colour="red"), "unknown key 'colour'; known are"),
+        (lambda q: q["layouts"]["self_attn.q_proj"].update(bits=5), "the form of model.layers.0.self_attn.q_proj is not valid: bits is 5"),
+        (lambda q: q["layouts"]["self_attn.q_proj"].update(group_size=32), "has shape"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(checkpoint, change, message):
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config["quantization_config"])
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_importing_rosaq_is_enough(checkpoint):
+    """In a new process, in the order that a user writes it."""
+    code = (
+        "import rosaq, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__, model.dtype)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "RosaqLinear"
