@@ -47,10 +47,10 @@ def test_inputs_are_the_models_own(family, saved):
         ("mlp_in", "mlp.gate_proj", layer.post_attention_layernorm),
     ):
         x = seen[name] / norm.weight.detach().double()
-        assert torch.allclose(inputs[site].moment, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(inputs[site].moment.double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
         assert torch.allclose(inputs[site].magnitude.double(), x.abs().mean(0), rtol=1e-3)
     heads = seen["self_attn.o_proj"].view(-1, 2, 2, 16).permute(1, 0, 2, 3).flatten(1, 2)  # two query heads a key-value head
-    assert torch.allclose(inputs["attn_out"].moment, heads.transpose(1, 2) @ heads / heads.shape[1], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(inputs["attn_out"].moment.double(), heads.transpose(1, 2) @ heads / heads.shape[1], rtol=1e-3, atol=1e-5)
     assert torch.allclose(inputs["mlp_out"].magnitude.double(), seen["mlp.down_proj"].abs().mean(0), rtol=1e-3)
     sample = inputs["mlp_out"].sample
     assert sample.shape == (160, 80) and torch.allclose(sample.double(), seen["mlp.down_proj"], atol=1e-4)

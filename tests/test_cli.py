@@ -1,6 +1,7 @@
 """The command line: what goes wrong is said in one sentence that names the thing, and the exit code is not 0."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -84,6 +85,15 @@ def test_bad_models(cli, saved, text_file, tmp_path):
     (original / "config.json").write_text("{")
     refused(quantize(original), original / "config.json", "not valid JSON")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    for arguments in (["quantize", "owner/model", "-o", tmp_path / "out"], ["evaluate", "owner/model", "--text", __file__]):
+        command = [sys.executable, "-m", "rosaq", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 1 and "owner/model: not a local path, and the hub did not give it" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_bad_weights(cli, saved, text_file, tmp_path):
@@ -182,6 +192,8 @@ def test_bad_evaluation(cli, saved, tmp_path):
     refused(cli("generate", original, "abc", "--max-tokens", 1000), "--max-tokens is at most 125")
     refused(cli("generate", original, "abc", "--chat"), "no chat template")
     refused(cli("verify", original), "not the folder of a rosaq checkpoint")
+    if not torch.cuda.is_available():
+        refused(cli("benchmark", "kernels"), "sees no CUDA GPU")
 
 
 def test_help_needs_no_pytorch():

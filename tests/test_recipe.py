@@ -39,6 +39,11 @@ def test_impossible_recipes_are_refused(change, message):
         Recipe(**{"name": "x", **change})
 
 
+def test_a_recipe_of_ones_own(tmp_path):
+    (tmp_path / "mine.toml").write_text('name = "mine"\nbits = 3\nsalient = 32\nsalient_bits = 8\n')
+    assert load_recipe(str(tmp_path / "mine.toml")) == Recipe("mine", bits=3, salient=32, salient_bits=8)
+
+
 @given(st.dictionaries(st.text(max_size=12), st.one_of(st.integers(), st.text(max_size=5), st.none(), st.lists(st.integers()))))
 def test_any_mapping_is_a_recipe_or_one_sentence(values):
     try:

@@ -40,7 +40,7 @@ def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
         for site in SITE_NORM:
             moment = inputs[site].moment
             assert moment is not None
-            share = moment / moment.trace()
+            share = moment.double() / moment.double().trace()
             total = share if total is None else total + share
             sites += 1
     assert total is not None

@@ -83,7 +83,7 @@ class RosaqLinear(nn.Module):
         return kernel.NAME
 
     def allow_kernels(self, names: Sequence[str] | None) -> None:
-        """Restrict the choice to these kernels (None: all)."""
+        """Choose among these kernels only (None: all that need not be named, see `kernels.BY_NAME_ONLY`)."""
         self._allowed = None if names is None else tuple(names)
         self._prepared.clear()
 

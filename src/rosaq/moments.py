@@ -26,8 +26,8 @@ class SiteInputs:
 
     Attributes:
         magnitude: (K,) mean |x| over tokens, float32.
-        moment: mean x^T x over tokens, float64: (K, K) for residual sites, (H, E, E) for attn_out (pooled over the
-            query heads of each key-value head), None for mlp_out.
+        moment: mean x^T x over tokens, summed in float64 and kept in float32: (K, K) for residual sites, (H, E, E)
+            for attn_out (pooled over the query heads of each key-value head), None for mlp_out.
         sample: (P, K) inputs of some tokens, float32, for mlp_out; None elsewhere.
     """
 
@@ -71,7 +71,7 @@ class _SiteSums:
 
     def inputs(self) -> SiteInputs:
         assert self.absolute is not None
-        moment = None if self.second is None else self._pooled().cpu()
+        moment = None if self.second is None else self._pooled().float().cpu()
         return SiteInputs((self.absolute / self.seen).float().cpu(), moment, torch.cat(self.rows) if self.rows else None)
 
     def _pooled(self) -> torch.Tensor:

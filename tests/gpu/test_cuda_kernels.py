@@ -80,13 +80,14 @@ def test_every_way_to_cut_a_launch_gives_the_same_product(tokens: int) -> None:
 
 def layer_of(layout: LinearLayout, device: str = "cuda") -> RosaqLinear:
     layer = RosaqLinear(layout, device)
+    layer.allow_kernels(("cuda", "dequantized"))
     layer.load_state_dict(random_tensors(layout, device))
     return layer
 
 
 def test_choice_takes_the_kernel_for_half_types_only() -> None:
     layout, device = LAYOUTS["heads of 128"], torch.device("cuda")
-    assert kernels.choose(layout, device, torch.bfloat16) is cuda
+    assert kernels.choose(layout, device, torch.bfloat16, ("cuda",)) is cuda
     assert kernels.choose(layout, device, torch.float32).NAME == "dequantized"
 
 

@@ -102,7 +102,7 @@ def copy_bandwidth() -> float:
 
 def our_calls(layout: LinearLayout, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[Callable[[], Any]]:
     """One call of the chosen kernel per copy of the prepared weight."""
-    kernel = kernels.choose(layout, x.device, x.dtype)
+    kernel = kernels.choose(layout, x.device, x.dtype, ("cuda", "dequantized"))
     first = kernel.prepare(layout, tensors, x.dtype)
     if kernel is not cuda:
         return [lambda: kernel.run(x, first)]
