@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from conftest import random_model, tokenizer
-from rosaq import Calibration, measure, open_source
+from rosaq import Calibration, load_recipe, measure, open_source
+from rosaq.architecture import LINEARS, SITES
+from rosaq.basis import prepare_block, residual_moment
 from rosaq.calibration import read_documents, token_windows, windows_hash
+from rosaq.moments import collect_moments
+from rosaq.plan import make_plan
+from rosaq.rotation import principal_basis
 from rosaq.skeleton import full_model
 
 
@@ -73,3 +78,44 @@ def test_sliding_windows_are_the_models_own(tmp_path):
 def test_token_ids_outside_the_vocabulary_are_refused(saved):
     with pytest.raises(ValueError, match="calibration token 97 is not in the vocabulary of 97"):
         measure(open_source(str(saved("llama"))), torch.full((1, 8), 97), "cpu")
+
+
+def test_whole_moments_turn_with_the_block(family, saved):
+    """What GPTQ sees of each site is the second moment of what the prepared block's linear layers really get."""
+    source = open_source(str(saved(family)))
+    windows = torch.arange(160).remainder(90).view(5, 32)
+    statistics = measure(source, windows, "cpu")
+    moments = list(collect_moments(source, windows, "cpu", torch.float32))
+    for name in ("rosaq-gptq-int4", "mixed", "rosaq-paper-per-layer"):
+        recipe = load_recipe(name)
+        recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
+        plan = make_plan(recipe, source.architecture)
+        basis = principal_basis(residual_moment(statistics.inputs))[0] if recipe.rotation == "global" else None
+        model = full_model(source, torch.float32)
+        if basis is not None:
+            model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())
+        seen, prepared = {}, []
+        for index, layer in enumerate(model.model.layers):
+            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, basis, plan.linears["down"]))
+            layer.load_state_dict(prepared[-1].block)
+            for norm, rotation in prepared[-1].rotations.items():
+                layer.get_submodule(norm).register_forward_hook(lambda _, x, y, rotation=rotation: y @ rotation.float())
+        last = len(prepared) - 1
+        for site, roles in SITES.items():
+            linear = model.model.layers[last].get_submodule(LINEARS[roles[0]])
+            linear.register_forward_pre_hook(lambda _, x, site=site, seen=seen: seen.update({site: x[0].flatten(0, -2).double()}))
+        with torch.inference_mode():
+            model.model(windows)
+        for site, moment in moments[last].items():
+            wanted = seen[site].T @ seen[site] / len(seen[site])
+            error = (prepared[last].moment(site, moment).double() - wanted).norm() / wanted.norm()
+            assert float(error) < 1e-3, (name, site)
+
+
+def test_a_model_made_of_a_source_does_not_write_into_it(saved):
+    source = open_source(str(saved("llama")))
+    model = full_model(source, torch.float32)
+    before = source.block(0)["mlp.up_proj.weight"].clone()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    assert torch.equal(source.block(0)["mlp.up_proj.weight"], before)

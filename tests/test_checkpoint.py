@@ -92,10 +92,10 @@ def test_an_interrupted_command_leaves_nothing(saved, text_file, tmp_path, signa
         import rosaq.pipeline as pipeline
         from rosaq_cli.app import main
         round_block = pipeline.quantize_block
-        def interrupt(source, index, *rest):
+        def interrupt(job, index, *rest):
             if index == 1:
                 os.kill(os.getpid(), signal.{signal})
-            return round_block(source, index, *rest)
+            return round_block(job, index, *rest)
         pipeline.quantize_block = interrupt
         sys.argv = ["rosaq", "quantize", {str(saved("llama"))!r}, "-o", {str(tmp_path / "made" / "out")!r}, "--calibration", {str(text_file)!r},
                     "--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rosaq import Recipe
 from rosaq.checkpoint import FORMAT_VERSION
 from rosaq.engines.loading import verify_checkpoint
 
@@ -28,7 +29,9 @@ def test_this_version_writes_the_golden_bytes(tmp_path):
     different = [name for name in before if not torch.equal(before[name], after[name])]
     assert different == []
     assert (kept / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
-    assert json.loads((made / "config.json").read_text())["quantization_config"] == config
+    again = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert Recipe.from_dict(config.pop("recipe")) == Recipe.from_dict(again.pop("recipe")) == make.RECIPE
+    assert again == config
 
 
 def test_the_golden_checkpoint_is_small_whole_and_reads_as_ever():

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
-from rosaq.rounding.grid import fit_grid, grouped, quantize_linear, round_to_nearest, ungrouped
+from rosaq.rounding.grid import fit_grid, grouped, round_to_nearest, ungrouped
+from rosaq.rounding.linear import quantize_linear
 
 
 def weight(n, k, seed=0):

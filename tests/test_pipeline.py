@@ -26,6 +26,7 @@ SMALL = dict(group_size=16, salient=16, salient_per_head=4)
 def small(name, **changes):
     recipe = load_recipe(name)
     sizes = SMALL if recipe.salient else dict(group_size=16)
+    sizes = {**sizes, "salient_down": 16} if recipe.salient_down else sizes
     return recipe.replace(**{**sizes, **changes})
 
 

@@ -75,8 +75,9 @@ def test_links_lead_somewhere():
 def test_the_tree_in_the_architecture_page_is_the_tree():
     tree = next(block for block in blocks("docs/architecture.md", "") if "src/rosaq/" in block)
     named = set(re.findall(r"([a-z_]+(?:\.py|/))", tree.split("src/rosaq_cli/")[0])) - {"src/", "rosaq/", "recipes/"}
-    nested = {"reference.py", "grid.py", "scaling.py", "transformers.py", "loading.py", "perplexity.py", "kernels.py"}
+    nested = {"reference.py", "grid.py", "gptq.py", "scaling.py", "transformers.py", "loading.py", "perplexity.py", "kernels.py"}
     source = ROOT / "src" / "rosaq"
-    there = {path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if not path.name.startswith("__") and path.name != "recipes"}
+    unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")
+    there = {path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if path.name not in unnamed}
     assert named - nested == there
     assert all(list(source.rglob(name)) for name in nested)

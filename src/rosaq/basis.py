@@ -9,7 +9,16 @@ from rosaq.architecture import LINEARS, NORMS, SITE_NORM, Architecture
 from rosaq.layout import LinearLayout
 from rosaq.moments import BlockInputs
 from rosaq.recipe import Recipe
-from rosaq.rotation import Block, absorb_heads, absorb_inputs, absorb_residual, fold_norms, principal_basis, scale_feed_forward
+from rosaq.rotation import (
+    Block,
+    absorb_heads,
+    absorb_inputs,
+    absorb_residual,
+    fold_norms,
+    permute_feed_forward,
+    principal_basis,
+    scale_feed_forward,
+)
 from rosaq.rounding.grid import round_to_nearest
 from rosaq.rounding.scaling import search_scale
 from rosaq.saliency import salient_first, salient_first_heads
@@ -23,11 +32,31 @@ class PreparedBlock:
         block: its tensors.
         orders: site -> order of the input channels, salient ones first, where they are gathered at run time.
         rotations: norm name -> basis (D, D) applied at run time.
+        transforms: site -> what its inputs were multiplied by, from x as `moments` sees it: a diagonal (K,), a basis
+            (K, K), or one per query head (heads, E, E); nothing where they are as they were.
+        down_order: order (K,) of the feed-forward channels, applied before the transform of mlp_out, or None.
     """
 
     block: Block
     orders: dict[str, torch.Tensor] = field(default_factory=dict)
     rotations: dict[str, torch.Tensor] = field(default_factory=dict)
+    transforms: dict[str, torch.Tensor] = field(default_factory=dict)
+    down_order: torch.Tensor | None = None
+
+    def moment(self, site: str, moment_KK: torch.Tensor) -> torch.Tensor:
+        """A site's second moment (K, K) as `moments` sees it, in the basis of the block."""
+        if site == "mlp_out" and self.down_order is not None:
+            moment_KK = moment_KK[self.down_order][:, self.down_order]
+        if site not in self.transforms:
+            return moment_KK
+        transform = self.transforms[site].to(moment_KK)
+        if transform.dim() == 1:
+            return moment_KK * transform * transform[:, None]
+        if transform.dim() == 2:
+            return transform.T @ moment_KK @ transform
+        heads, size = transform.shape[:2]
+        blocks = moment_KK.view(heads, size, heads, size)
+        return torch.einsum("pae,paqb,qbf->peqf", transform, blocks, transform).reshape_as(moment_KK)
 
 
 def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
@@ -61,42 +90,64 @@ def prepare_block(
         down: form of W_down, whose rounding AWQ's search looks at.
     """
     device = block[f"{LINEARS['down']}.weight"].device
-    gains = {site: block[f"{NORMS[norm]}.weight"].float().abs().cpu() for site, norm in SITE_NORM.items()}
+    gains = {site: block[f"{NORMS[norm]}.weight"].float() for site, norm in SITE_NORM.items()}
     prepared = PreparedBlock(block if recipe.rotation == "none" else fold_norms(block))
-    if recipe.rotation == "global":
+    if recipe.rotation == "none":
+        prepared.transforms.update(gains)
+    elif recipe.rotation == "global":
         assert residual_basis is not None
         prepared.block = absorb_residual(prepared.block, residual_basis.to(device))
-    elif recipe.rotation == "per-layer":
-        for site, norm in SITE_NORM.items():
-            moment = inputs[site].moment
-            assert moment is not None
-            basis, _ = principal_basis(moment.to(device))
-            prepared.block = absorb_inputs(prepared.block, site, basis)
-            prepared.rotations[NORMS[norm]] = basis
-    prepared.block = _absorb_heads(prepared.block, inputs, recipe, architecture)
-    if recipe.down_scaling == "awq":
-        prepared.block = _scale_down(prepared.block, inputs, down)
+        prepared.transforms.update({site: residual_basis for site in SITE_NORM})
+    else:
+        _rotate_per_layer(prepared, inputs, device)
+    _absorb_heads(prepared, inputs, recipe, architecture)
+    _prepare_down(prepared, inputs, recipe, down)
     if recipe.selection == "magnitude" and recipe.salient:
         for site, gain in gains.items():
-            prepared.orders[site] = salient_first(inputs[site].magnitude * gain, recipe.salient)
+            prepared.orders[site] = salient_first(inputs[site].magnitude * gain.abs().cpu(), recipe.salient)
     return prepared
 
 
-def _absorb_heads(block: Block, inputs: BlockInputs, recipe: Recipe, a: Architecture) -> Block:
+def _rotate_per_layer(prepared: PreparedBlock, inputs: BlockInputs, device: torch.device) -> None:
+    for site, norm in SITE_NORM.items():
+        moment = inputs[site].moment
+        assert moment is not None
+        basis, _ = principal_basis(moment.to(device))
+        prepared.block = absorb_inputs(prepared.block, site, basis)
+        prepared.rotations[NORMS[norm]] = prepared.transforms[site] = basis
+
+
+def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, a: Architecture) -> None:
     if recipe.head_rotation == "head-wise":
         moment = inputs["attn_out"].moment
         assert moment is not None
-        bases, _ = principal_basis(moment.to(block[f"{LINEARS['o']}.weight"].device))
+        bases, _ = principal_basis(moment.to(prepared.block[f"{LINEARS['o']}.weight"].device))
     elif recipe.salient_per_head:
         bases = salient_first_heads(inputs["attn_out"].magnitude, recipe.salient_per_head, a.heads, a.kv_heads)
     else:
-        return block
-    return absorb_heads(block, bases, a)
+        return
+    prepared.block = absorb_heads(prepared.block, bases, a)
+    prepared.transforms["attn_out"] = bases.repeat_interleave(a.heads // a.kv_heads, 0)
 
 
-def _scale_down(block: Block, inputs: BlockInputs, layout: LinearLayout) -> Block:
-    weight = block[f"{LINEARS['down']}.weight"]
-    sample = inputs["mlp_out"].sample
+def _prepare_down(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, layout: LinearLayout) -> None:
+    """Order the feed-forward channels, salient ones first, then scale them by AWQ's search."""
+    weight = prepared.block[f"{LINEARS['down']}.weight"]
+    magnitude, sample = inputs["mlp_out"].magnitude.to(weight), inputs["mlp_out"].sample
     assert sample is not None
-    scale = search_scale(weight, inputs["mlp_out"].magnitude.to(weight), sample.to(weight), lambda candidate: round_to_nearest(candidate, layout))
-    return scale_feed_forward(block, scale)
+    if recipe.salient_down:
+        prepared.down_order = salient_first(magnitude, recipe.salient_down)
+        prepared.block = permute_feed_forward(prepared.block, prepared.down_order)
+        weight, magnitude, sample = weight[:, prepared.down_order], magnitude[prepared.down_order], sample[:, prepared.down_order.cpu()]
+    if recipe.down_scaling == "awq":
+        scale = search_scale(weight, magnitude, sample.to(weight), lambda candidate: _round_quantized(candidate, layout))
+        prepared.block = scale_feed_forward(prepared.block, scale)
+        prepared.transforms["mlp_out"] = 1 / scale
+
+
+def _round_quantized(weight: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
+    """A weight with its quantized channels rounded and its salient ones as they are."""
+    columns = layout.quantized_columns().to(weight.device)
+    rounded = weight.clone()
+    rounded[:, columns] = round_to_nearest(weight[:, columns], layout)
+    return rounded

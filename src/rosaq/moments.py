@@ -5,8 +5,9 @@ inputs under the norm weights follow from these (x diag(g)). Shape letters: T to
 H key-value heads, E head size, P sampled tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -49,8 +50,7 @@ class _SiteSums:
         self.rows: list[torch.Tensor] = []
 
     def add(self, x_TK: torch.Tensor, where: str) -> None:
-        if not torch.isfinite(x_TK).all():
-            raise ValueError(f"{where}: the calibration activations hold NaN or Inf")
+        check_finite(x_TK, where)
         x_TK = x_TK.float()
         absolute = x_TK.abs().sum(0, dtype=torch.float64)
         self.absolute = absolute if self.absolute is None else self.absolute + absolute
@@ -96,23 +96,73 @@ def collect(source: Source, windows: torch.Tensor, device: str, dtype: torch.dty
     Raises:
         ValueError: NaN or Inf in activations, naming block and site.
     """
+    for done, sums in _run(source, windows, device, dtype, lambda site: _SiteSums(site, source.architecture, windows.numel())):
+        progress("activations", done, source.architecture.layers)
+        yield {site: kept.inputs() for site, kept in sums.items()}
+
+
+@torch.inference_mode()
+def collect_moments(source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole second moments (K, K) of the four sites' inputs, float32 on the device, block after block.
+
+    The same pass as `collect`, for rounding that looks at all pairs of channels; only one block's are held at a time.
+    """
+    for _, sums in _run(source, windows, device, dtype, lambda site: _MomentSum()):
+        yield {site: kept.moment() for site, kept in sums.items()}
+
+
+class _MomentSum:
+    """Sum over batches of one site's whole second moment."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.second: torch.Tensor | None = None
+
+    def add(self, x_TK: torch.Tensor, where: str) -> None:
+        check_finite(x_TK, where)
+        x_TK = x_TK.float()
+        second = x_TK.T @ x_TK
+        self.second = second if self.second is None else self.second.add_(second)
+        self.seen += x_TK.shape[0]
+
+    def moment(self) -> torch.Tensor:
+        assert self.second is not None
+        return self.second / self.seen
+
+
+Sums = TypeVar("Sums", _SiteSums, _MomentSum)
+
+
+def _run(
+    source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype, make: Callable[[str], Sums]
+) -> Iterator[tuple[int, dict[str, Sums]]]:
+    """Run all blocks over the windows; yields (blocks done, sums of the block's sites)."""
     a = source.architecture
     hidden = torch.nn.functional.embedding(windows, source.embedding()).to(dtype)
     runner = BlockRunner(source.config, windows.shape[1], dtype, device)
     for index in range(a.layers):
         block = runner.load(index, fold_norms(source.block(index)))
-        sums = {site: _SiteSums(site, a, windows.numel()) for site in SITES}
+        sums = {site: make(site) for site in SITES}
         hooks = [_hook(block, site, sums[site], index) for site in SITES]
         for rows in batches(windows, BATCH_TOKENS[torch.device(device).type]):
             hidden[rows] = runner.run(index, hidden[rows].to(device)).to(hidden.device)
         for hook in hooks:
             hook.remove()
         runner.release(index)
-        progress("activations", index + 1, a.layers)
-        yield {site: sums[site].inputs() for site in SITES}
+        yield index + 1, sums
 
 
-def _hook(block: torch.nn.Module, site: str, sums: _SiteSums, index: int) -> torch.utils.hooks.RemovableHandle:
+def _hook(block: torch.nn.Module, site: str, sums: _SiteSums | _MomentSum, index: int) -> torch.utils.hooks.RemovableHandle:
     where = f"decoder block {index}, inputs of {LINEARS[SITES[site][0]]}"
     linear = block.get_submodule(LINEARS[SITES[site][0]])
     return linear.register_forward_pre_hook(lambda _, arguments: sums.add(arguments[0].flatten(0, -2), where))
+
+
+def check_finite(x_TK: torch.Tensor, where: str) -> None:
+    """Refuse activations that overflowed.
+
+    Raises:
+        ValueError: NaN or Inf; names the place.
+    """
+    if not torch.isfinite(x_TK).all():
+        raise ValueError(f"{where}: the calibration activations hold NaN or Inf")

@@ -1,6 +1,7 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
-from rosaq.moments import BlockInputs
+from rosaq.moments import BlockInputs, collect_moments
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.rotation import principal_basis
-from rosaq.rounding.grid import quantize_linear
+from rosaq.rounding.linear import quantize_linear
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, measure
+from rosaq.statistics import Statistics, compute_dtype, measure
 
 ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
 
@@ -79,10 +80,11 @@ def quantize(
         with clock("rotation"):
             basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
         with clock("rounding"):
-            for index in range(source.architecture.layers):
-                writer.add(quantize_block(source, index, inputs[index], recipe, plan, basis, device))
+            job = Job(source, recipe, plan, basis, device)
+            for index, moments in enumerate(_moments(job, calibration.windows)):
+                writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
-            writer.add(quantize_tables(source, plan, basis, device))
+            writer.add(quantize_tables(job))
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
         report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device))
         with clock("writing"):
@@ -90,14 +92,46 @@ def quantize(
     return report
 
 
-def quantize_block(
-    source: Source, index: int, inputs: BlockInputs, recipe: Recipe, plan: Plan, basis: torch.Tensor | None, device: str
-) -> dict[str, torch.Tensor]:
-    """The stored tensors of one decoder block, by full name."""
-    prefix = source.architecture.block_prefix(index)
-    block = {name: tensor.to(device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, recipe, source.architecture, basis, plan.linears["down"])
-    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, plan, prefix).items()}
+@dataclass(frozen=True)
+class Job:
+    """What every part of a model is quantized by.
+
+    Attributes:
+        source: the model.
+        recipe: the recipe.
+        plan: the recipe laid out over the model.
+        basis: (D, D) of the residual stream where it is one for all, else None.
+        device: where to compute.
+    """
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    basis: torch.Tensor | None
+    device: str
+
+
+def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole second moments of each block's sites where the rounding looks at them, by a second pass; else nothing."""
+    if job.recipe.rounding == "gptq":
+        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device))
+    return iter([{}] * job.source.architecture.layers)
+
+
+def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stored tensors of one decoder block, by full name.
+
+    Args:
+        job: what to quantize by.
+        index: of the block.
+        inputs: what calibration kept of it.
+        moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
+    """
+    source, prefix = job.source, job.source.architecture.block_prefix(index)
+    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
+    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
+    turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
+    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
     for norm, rotation in prepared.rotations.items():
         stored[f"{prefix}{norm}.rotation"] = rotation.half()
     linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
@@ -107,13 +141,13 @@ def quantize_block(
     return stored
 
 
-def _round_block(prepared: PreparedBlock, plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
+def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
     stored = {}
     for role, module in LINEARS.items():
-        weight = prepared.block[f"{module}.weight"]
-        order = prepared.orders.get(SITE_OF[role])
+        weight, site = prepared.block[f"{module}.weight"], SITE_OF[role]
+        order = prepared.orders[site].to(weight.device) if site in prepared.orders else None
         try:
-            tensors = quantize_linear(weight, plan.linears[role], None if order is None else order.to(weight.device))
+            tensors = quantize_linear(weight, plan.linears[role], order, moments.get(site))
         except ValueError as error:
             raise ValueError(f"{prefix}{module}: {error}") from error
         if f"{module}.bias" in prepared.block:
@@ -122,19 +156,19 @@ def _round_block(prepared: PreparedBlock, plan: Plan, prefix: str) -> dict[str, 
     return stored
 
 
-def quantize_tables(source: Source, plan: Plan, basis: torch.Tensor | None, device: str) -> dict[str, torch.Tensor]:
+def quantize_tables(job: Job) -> dict[str, torch.Tensor]:
     """Embedding, final norm and lm_head: rotated with the residual stream, at 8 bits where the plan says so."""
+    source, basis = job.source, job.basis
     gain = source.final_norm()
-    folded = basis is not None
-    stored = {f"{FINAL_NORM}.weight": (torch.ones_like(gain) if folded else gain).to(source.dtype)}
-    names = {EMBEDDING: source.embedding()} if plan.tied else {EMBEDDING: source.embedding(), HEAD: source.head()}
+    stored = {f"{FINAL_NORM}.weight": (gain if basis is None else torch.ones_like(gain)).to(source.dtype)}
+    names = {EMBEDDING: source.embedding()} if job.plan.tied else {EMBEDDING: source.embedding(), HEAD: source.head()}
     for module, table in names.items():
         parts: dict[str, list[torch.Tensor]] = {}
         for start in range(0, table.shape[0], ROWS):
-            rows = table[start : start + ROWS].to(device, torch.float32)
+            rows = table[start : start + ROWS].to(job.device, torch.float32)
             if basis is not None:
                 rows = (rows * gain.to(rows) if module == HEAD else rows) @ basis.to(rows)
-            for name, tensor in _table_rows(rows, plan, module, source.dtype).items():
+            for name, tensor in _table_rows(rows, job.plan, module, source.dtype).items():
                 parts.setdefault(name, []).append(tensor.cpu())
         stored.update({f"{module}.{name}": torch.cat(tensors) for name, tensors in parts.items()})
     return stored

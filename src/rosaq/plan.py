@@ -78,13 +78,15 @@ def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool) -> LinearLay
     if site == "attn_out":
         return replace(layout, blocks=a.heads, salient=recipe.salient_per_head) if recipe.salient_per_head else layout
     if site == "mlp_out":
-        return layout
+        return replace(layout, salient=recipe.salient_down)
     return replace(layout, salient=recipe.salient, ordered=recipe.selection == "magnitude" and recipe.salient > 0)
 
 
 def _check_salient(recipe: Recipe, a: Architecture) -> None:
     if recipe.salient >= a.hidden:
         raise ValueError(f"salient is {recipe.salient}, but the model is {a.hidden} channels wide; allowed are 0 to {a.hidden - 1}")
+    if recipe.salient_down >= a.intermediate:
+        raise ValueError(f"salient_down is {recipe.salient_down}, but there are {a.intermediate} channels; allowed are 0 to {a.intermediate - 1}")
     if recipe.salient_per_head >= a.head_size:
         raise ValueError(f"salient_per_head is {recipe.salient_per_head}, but a head has {a.head_size} channels; allowed are 0 to {a.head_size - 1}")
 

@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "head_rotation": ("none", "head-wise"),
     "selection": ("eigenvalue", "magnitude"),
     "down_scaling": ("none", "awq"),
+    "rounding": ("nearest", "gptq"),
     "embedding_bits": ("auto", "8", "16"),
 }
 
@@ -43,6 +44,10 @@ class Recipe:
         selection: "eigenvalue": the leading channels of the rotated basis (ROSAQ). "magnitude": the channels with the
             largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
         down_scaling: "awq": per-channel scaling of W_down's input, absorbed by W_up.
+        salient_down: channels of the feed-forward network that stay precise at mlp_out, those of the largest mean |x|.
+            Putting them first is absorbed by W_gate and W_up.
+        rounding: "nearest", or "gptq": error feedback by the second moment of the inputs, with the salient channels
+            last, so that they take up the rest. It takes a second pass over the calibration text.
         embedding_bits: width of embedding and lm_head. "16": as they are. "8": INT8 per group. "auto": 16, unless the
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
 
@@ -61,6 +66,8 @@ class Recipe:
     salient_bits: int = 16
     selection: str = "eigenvalue"
     down_scaling: str = "awq"
+    salient_down: int = 0
+    rounding: str = "nearest"
     embedding_bits: str = "auto"
 
     def __post_init__(self) -> None:
@@ -72,7 +79,7 @@ class Recipe:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
-        for name in ("salient", "salient_per_head"):
+        for name in ("salient", "salient_per_head", "salient_down"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
         if self.group_size < 16 or self.group_size % 16:

@@ -24,7 +24,8 @@ def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     for index in range(source.architecture.layers):
         prefix = source.architecture.block_prefix(index)
         state.update({prefix + name: tensor for name, tensor in source.block(index).items()})
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    # Copied, because the source's tensors are its file's map: a change in place would be seen by every later read.
+    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     if source.generation_config is not None:
         model.generation_config = source.generation_config

@@ -20,10 +20,12 @@ class Statistics:
     Attributes:
         record: the calibration's settings, sizes, and a SHA-256 of its tokens, JSON-able.
         inputs: per decoder block.
+        windows: token ids (S, T).
     """
 
     record: dict[str, Any]
     inputs: list[BlockInputs]
+    windows: torch.Tensor
 
 
 def measure(
@@ -55,7 +57,7 @@ def measure(
     with clock("activations"):
         inputs = list(collect(source, windows, device, compute_dtype(source, device), progress))
     record = {**settings, "samples": windows.shape[0], "seq_len": windows.shape[1], "windows_sha256": windows_hash(windows)}
-    return Statistics(record, inputs)
+    return Statistics(record, inputs, windows)
 
 
 def compute_dtype(source: Source, device: str) -> torch.dtype:

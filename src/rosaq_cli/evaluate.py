@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rosaq_cli.screen import errors, show_json, show_table, stage_bars
+from rosaq_cli.screen import errors, show_json, show_table, silence_transformers, stage_bars
 
 
 def evaluate(
@@ -29,6 +29,7 @@ def evaluate(
     from rosaq.engines.loading import load_model
     from rosaq.evaluation.perplexity import divergence, perplexity, read_text, read_wikitext2, text_windows
 
+    silence_transformers()
     if text is not None and dataset is not None:
         raise ValueError("--text and --dataset exclude each other")
     if dataset not in (None, "wikitext2"):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rosaq_cli.screen import errors
+from rosaq_cli.screen import errors, silence_transformers
 
 
 def generate(
@@ -25,6 +25,7 @@ def generate(
 
     from rosaq.engines.loading import load_model
 
+    silence_transformers()
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 or more")
     if not prompt:

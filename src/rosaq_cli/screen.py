@@ -51,6 +51,13 @@ def show_table(title: str, columns: list[str], rows: list[list[str]], justify: L
     results.print(table)
 
 
+def silence_transformers() -> None:
+    """No bars of transformers' own: loading takes seconds, and ours tell of what takes longer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def show_json(value: dict[str, Any]) -> None:
     """A JSON object on standard output, for scripts."""
     print(json.dumps(value, indent=2))  # noqa: T201

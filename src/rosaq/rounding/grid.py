@@ -8,7 +8,6 @@ K inputs, Q quantized channels, S salient channels, B blocks, G groups, C channe
 import torch
 
 from rosaq.layout import LinearLayout
-from rosaq.packing import pack, pack_zeros
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24  # the smallest FP16 above zero
@@ -52,42 +51,14 @@ def to_codes(weight_NGC: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Te
 
 
 def round_to_nearest(weight_NQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
-    """The weight (N, Q) after a trip through the grid: what `quantize_linear` stores, as numbers."""
+    """The weight (N, Q) after a trip through the grid: what rounding to nearest stores, as numbers."""
     weight = grouped(weight_NQ, layout)
     scale, zero = fit_grid(weight, layout.bits)
     return ungrouped((to_codes(weight, scale, zero, layout.bits) - zero[..., None]) * scale[..., None], layout)
 
 
-def quantize_linear(weight_NK: torch.Tensor, layout: LinearLayout, order_K: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The stored tensors of a linear layer, rounding to nearest.
-
-    Args:
-        weight_NK: the weight, float32 or float64, in the basis that the layer's input arrives in.
-        layout: its form.
-        order_K: where given, stored column j is the weight's column order[j].
-
-    Returns:
-        The tensors that `layout.tensors()` names, except the bias, on the weight's device.
-    """
-    assert weight_NK.shape == (layout.out_features, layout.in_features) and (order_K is not None) == layout.ordered
-    if order_K is not None:
-        weight_NK = weight_NK[:, order_K]
-    weight = grouped(weight_NK[:, layout.quantized_columns().to(weight_NK.device)], layout)
-    scale, zero = fit_grid(weight, layout.bits)
-    codes = ungrouped(to_codes(weight, scale, zero, layout.bits), layout)
-    stored = {
-        "qweight": pack(codes.to(torch.int64), layout.bits),
-        "scales": scale.half(),
-        "zeros": pack_zeros(zero.to(torch.int64), layout.zero_bits),
-    }
-    if layout.salient:
-        stored |= _salient(weight_NK[:, layout.salient_columns().to(weight_NK.device)], layout)
-    if order_K is not None:
-        stored["order"] = order_K.to(torch.int32)
-    return stored
-
-
-def _salient(weight_NS: torch.Tensor, layout: LinearLayout) -> dict[str, torch.Tensor]:
+def store_salient(weight_NS: torch.Tensor, layout: LinearLayout) -> dict[str, torch.Tensor]:
+    """The stored tensors of the salient channels: FP16, or INT8 with one scale per output."""
     if layout.salient_bits == 16:
         if float(weight_NS.abs().max()) > FP16_MAX:
             raise ValueError(f"a salient weight is {float(weight_NS.abs().max()):.3g}, beyond FP16")

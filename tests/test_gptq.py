@@ -1,0 +1,71 @@
+"""GPTQ: less error of the output than rounding to nearest, and precise channels that take up the rest."""
+
+import pytest
+import torch
+
+from rosaq.kernels.reference import dequantize
+from rosaq.layout import LinearLayout
+from rosaq.rounding.linear import quantize_linear
+
+
+def correlated(tokens, width, seed=0):
+    """Inputs whose channels share a few strong directions."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(tokens, width // 8, generator=generator) @ torch.randn(width // 8, width, generator=generator)
+    return shared + 0.3 * torch.randn(tokens, width, generator=generator)
+
+
+def output_error(weight, layout, x, moment):
+    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment))
+    return float((x @ (got - weight).T).square().sum())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("blocks", "salient", "salient_bits"), [(1, 0, 16), (1, 16, 16), (4, 4, 16), (1, 16, 8)])
+def test_output_error_is_less_than_half_of_rounding_to_nearest(bits, blocks, salient, salient_bits):
+    layout = LinearLayout(24, 128, bits, 32, blocks, salient, salient_bits)
+    weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)), correlated(1000, 128)
+    moment = x.T @ x / len(x)
+    assert output_error(weight, layout, x, moment) < 0.5 * output_error(weight, layout, x, None)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_make_up():
+    """With H diagonal there is no feedback, and GPTQ is rounding to nearest."""
+    layout = LinearLayout(8, 64, 4, 32, salient=16)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    moment = torch.diag(torch.linspace(0.1, 5, 64))
+    ours, nearest = quantize_linear(weight, layout, moment_KK=moment), quantize_linear(weight, layout)
+    assert all(torch.equal(ours[name], nearest[name]) for name in nearest)
+
+
+def test_salient_channels_are_the_least_squares_fit():
+    """Given the codes, no other FP16 part would do better than what the feedback left, damping aside."""
+    layout = LinearLayout(6, 64, 3, 16, salient=16)
+    weight, x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), correlated(2000, 64).double()
+    moment = x.T @ x / len(x)
+    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment)).double()
+    rest = x @ weight.T.double() - x[:, 16:] @ got[:, 16:].T
+    best = torch.linalg.lstsq(x[:, :16], rest).solution.T
+    assert float((got[:, :16] - best).norm() / best.norm()) < 0.05
+    assert float((weight[:, :16].double() - best).norm() / best.norm()) > 0.1
+
+
+def test_a_moment_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="not positive definite"):
+        quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32))
+
+
+def test_channels_that_never_fire_are_no_trouble():
+    x = correlated(500, 64)
+    x[:, 5] = 0
+    stored = quantize_linear(torch.randn(4, 64), LinearLayout(4, 64, 4, 32), moment_KK=x.T @ x)
+    assert torch.isfinite(dequantize(LinearLayout(4, 64, 4, 32), stored)).all()
+
+
+def test_an_order_of_channels_is_an_order_of_the_moment_too():
+    ordered, plain = (LinearLayout(4, 64, 4, 16, salient=16, ordered=flag) for flag in (True, False))
+    weight, x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), correlated(500, 64)
+    order, moment = torch.randperm(64, generator=torch.Generator().manual_seed(2)), x.T @ x / len(x)
+    with_order = quantize_linear(weight, ordered, order, moment)
+    before = quantize_linear(weight[:, order], plain, moment_KK=moment[order][:, order])
+    assert all(torch.equal(with_order[name], before[name]) for name in before)
