@@ -97,3 +97,15 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+def has_vllm():
+    try:  # a module inside it: without vLLM, the folder of its tests may be found under its name
+        return importlib.util.find_spec("vllm.model_executor") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm") and not has_vllm():
+        pytest.skip("vLLM is not installed")

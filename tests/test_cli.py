@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from conftest import random_model
+from conftest import random_model, tokenizer
 
 SIZES = ["--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]
 
@@ -132,8 +132,6 @@ def test_activations_that_overflow_name_the_block(cli, text_file, tmp_path):
         model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
         model.model.layers[1].mlp.gate_proj.weight.mul_(1e38)
     model.save_pretrained(tmp_path / "model")
-    from conftest import tokenizer
-
     tokenizer().save_pretrained(tmp_path / "model")
     result = cli("quantize", tmp_path / "model", "-o", tmp_path / "out", "--calibration", text_file, *SIZES)
     refused(result, "decoder block 1, inputs of mlp.down_proj", "NaN or Inf")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import random_model
+from conftest import random_model, tokenizer
 from rosaq import Calibration, Recipe, load_recipe, measure, open_source, quantize, shipped_recipes
 from rosaq.architecture import LINEARS
 from rosaq.basis import prepare_block, residual_moment
@@ -173,8 +173,6 @@ def test_salient_channels_matter(saved, calibration, tmp_path):
         mix = torch.diag(torch.logspace(0, -2, 64)) @ torch.linalg.qr(torch.randn(64, 64))[0]
         model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ mix)
     model.save_pretrained(tmp_path / "model")
-    from conftest import tokenizer
-
     tokenizer().save_pretrained(tmp_path / "model")
     source = open_source(str(tmp_path / "model"))
     statistics = measure(source, calibration, "cpu")
