@@ -79,7 +79,9 @@ class RosaqVllmConfig(QuantizationConfig):
         """
         files = [str(file) for file in sorted(Path(model_name).glob("model*.safetensors"))]
         if files:
-            RosaqQuantizer(self.config).preprocess_model(meta_model(AutoConfig.from_pretrained(model_name)), checkpoint_files=files)
+            RosaqQuantizer(self.config).preprocess_model(
+                meta_model(AutoConfig.from_pretrained(model_name, local_files_only=True)), checkpoint_files=files
+            )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is computed; None leaves it to vLLM."""
