@@ -13,7 +13,7 @@ LEVELS = {
     "rosaq.source": 2,
     "rosaq.kernels": 2,
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
-    "rosaq.moments": 4, "rosaq.engines": 4,
+    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4,
     "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
     "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
     "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
@@ -25,6 +25,7 @@ LEVELS = {
 SERVING = (
     "rosaq.kernels",
     "rosaq.linear",
+    "rosaq.hadamard_linear",
     "rosaq.embedding",
     "rosaq.norm",
     "rosaq.engines.transformers",

@@ -27,7 +27,8 @@ def small(name, **changes):
     recipe = load_recipe(name)
     sizes = SMALL if recipe.salient else dict(group_size=16)
     sizes = {**sizes, "salient_down": 16} if recipe.salient_down else sizes
-    return recipe.replace(**{**sizes, **changes})
+    steps = dict(learning_steps=2) if recipe.learning_steps else {}
+    return recipe.replace(**{**sizes, **steps, **changes})
 
 
 def logits(model):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
-from rosaq.basis import PreparedBlock, prepare_block, residual_moment
+from rosaq.basis import PreparedBlock, draw_bases, prepare_block, residual_moment
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
@@ -78,9 +78,11 @@ def quantize(
             calibration = measure(source, calibration or Calibration(), device, progress, clock)
         inputs = calibration.inputs
         with clock("rotation"):
-            basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
+            basis, head_bases = draw_bases(recipe, source.architecture)
+            if recipe.rotation == "global":
+                basis = principal_basis(residual_moment(inputs).to(device))[0]
         with clock("rounding"):
-            job = Job(source, recipe, plan, basis, device)
+            job = Job(source, recipe, plan, device, basis, head_bases)
             for index, moments in enumerate(_moments(job, calibration.windows)):
                 writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
@@ -100,15 +102,17 @@ class Job:
         source: the model.
         recipe: the recipe.
         plan: the recipe laid out over the model.
-        basis: (D, D) of the residual stream where it is one for all, else None.
         device: where to compute.
+        basis: (D, D) of the residual stream where it is one for all, else None.
+        head_bases: (blocks, H, E, E) of the attention output where they are drawn or learned, else None.
     """
 
     source: Source
     recipe: Recipe
     plan: Plan
-    basis: torch.Tensor | None
     device: str
+    basis: torch.Tensor | None
+    head_bases: torch.Tensor | None
 
 
 def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
@@ -129,7 +133,8 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
     block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
+    heads = None if job.head_bases is None else job.head_bases[index]
+    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"], heads)
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
     stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
     for norm, rotation in prepared.rotations.items():
@@ -193,6 +198,8 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
         | {module: layout.form() for module, layout in plan.tables.items()},
         "rotated_norms": list(plan.rotated_norms),
     }
+    if plan.hadamard_inputs:
+        config.quantization_config["hadamard_inputs"] = list(plan.hadamard_inputs)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
     writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
 

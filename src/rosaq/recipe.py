@@ -57,7 +57,7 @@ class Recipe:
         embedding_bits: width of embedding and lm_head. "16": as they are. "8": INT8 per group. "auto": 16, unless the
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
         down_rotation: "hadamard": W_down's input is multiplied by a Hadamard matrix at run time (R4 of QuaRot and
-            SpinQuant), and W_down by its inverse: a few small products per token, up to 3 % of a block's.
+            SpinQuant), and W_down by its inverse: a few small products per token, up to 4 % of a block's.
         learning_steps: of Cayley SGD, where the rotation is "learned", else 0; SpinQuant takes 100.
         learning_rate: at the first step, falling linearly to 0, where the rotation is "learned", else 0; SpinQuant
             takes 1.5. W_down is rounded unscaled while a rotation is learned, whatever down_scaling says.

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rosaq.architecture import Architecture
 from rosaq.checkpoint import check_version
 from rosaq.embedding import RosaqEmbedding
+from rosaq.hadamard_linear import HadamardLinear
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
 from rosaq.norm import RotatedNorm
@@ -37,6 +38,7 @@ class RosaqConfig(QuantizationConfigMixin):
         layouts: dict[str, dict[str, Any]],
         calibration: dict[str, Any] | None = None,
         rotated_norms: list[str] | None = None,
+        hadamard_inputs: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         """Check every part; an unknown key is an error."""
@@ -51,6 +53,12 @@ class RosaqConfig(QuantizationConfigMixin):
         self.calibration = calibration or {}
         self.layouts = layouts
         self.rotated_norms = rotated_norms or []
+        self.hadamard_inputs = hadamard_inputs or []
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says; the key `hadamard_inputs` only where there are any, as the pipeline writes it."""
+        entries = super().to_dict()
+        return entries if self.hadamard_inputs else {key: value for key, value in entries.items() if key != "hadamard_inputs"}
 
     def layout(self, module: str, shape: tuple[int, int], bias: bool) -> LinearLayout | None:
         """The form of a module of (outputs, inputs), or None where it is not quantized.
@@ -93,7 +101,9 @@ class RosaqQuantizer(HfQuantizer):
         layout = config.layout(name, (outputs, inputs), getattr(module, "bias", None) is not None)
         if layout is None:
             return None
-        return RosaqEmbedding(layout, dtype) if isinstance(module, torch.nn.Embedding) else RosaqLinear(layout)
+        if isinstance(module, torch.nn.Embedding):
+            return RosaqEmbedding(layout, dtype)
+        return HadamardLinear(layout) if name.split(".", 3)[-1] in config.hadamard_inputs else RosaqLinear(layout)
 
     def get_weight_conversions(self) -> list[Any]:
         """None: names in the file are names in the model."""
