@@ -13,8 +13,8 @@ LEVELS = {
     "rosaq.source": 2,
     "rosaq.kernels": 2,
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
-    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4,
-    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
+    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4, "rosaq.curve": 4,
+    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
     "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
     "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
     "rosaq": 7,
@@ -33,7 +33,16 @@ SERVING = (
     "rosaq.engines.vllm_layers",
     "rosaq.engines",
 )
-CALIBRATING = ("rosaq.calibration", "rosaq.moments", "rosaq.statistics", "rosaq.basis", "rosaq.rotation", "rosaq.rounding", "rosaq.pipeline")
+CALIBRATING = (
+    "rosaq.calibration",
+    "rosaq.moments",
+    "rosaq.statistics",
+    "rosaq.basis",
+    "rosaq.rotation",
+    "rosaq.rounding",
+    "rosaq.learned",
+    "rosaq.pipeline",
+)
 
 
 def module_name(path: Path) -> str:

@@ -15,6 +15,7 @@ from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
+from rosaq.learned import DEPENDS_ON, Learned, QuantizedModel, learn
 from rosaq.moments import BlockInputs, collect_moments
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
@@ -28,7 +29,7 @@ ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a t
 
 @dataclass
 class Report:
-    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes."""
+    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes, `learned.Learned.record`."""
 
     recipe: dict[str, Any]
     calibration: dict[str, Any]
@@ -39,6 +40,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
+    learning: dict[str, Any] = field(default_factory=dict)
 
 
 def quantize(
@@ -81,6 +83,11 @@ def quantize(
             basis, head_bases = draw_bases(recipe, source.architecture)
             if recipe.rotation == "global":
                 basis = principal_basis(residual_moment(inputs).to(device))[0]
+        learned = None
+        if recipe.rotation == "learned":
+            with clock("learning"):
+                learned = _learn(source, recipe, plan, calibration, device, progress)
+                basis, head_bases = learned.residual, learned.heads
         with clock("rounding"):
             job = Job(source, recipe, plan, device, basis, head_bases)
             for index, moments in enumerate(_moments(job, calibration.windows)):
@@ -88,7 +95,7 @@ def quantize(
                 progress("rounding", index + 1, source.architecture.layers)
             writer.add(quantize_tables(job))
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device))
+        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device), learned.record if learned else {})
         with clock("writing"):
             _finish(writer, source, plan, report)
     return report
@@ -113,6 +120,17 @@ class Job:
     device: str
     basis: torch.Tensor | None
     head_bases: torch.Tensor | None
+
+
+def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, device: str, progress: Progress) -> Learned:
+    """The recipe's learned rotations, learned once for all recipes that share the statistics."""
+    key = tuple(getattr(recipe, name) for name in DEPENDS_ON)
+    if key not in statistics.learned:
+        windows, (residual, heads) = statistics.windows, draw_bases(recipe, source.architecture)
+        assert residual is not None
+        model = QuantizedModel(source, recipe, plan.linears, windows.shape[1], device)
+        statistics.learned[key] = learn(model, (residual, heads), windows, recipe, progress)
+    return statistics.learned[key]
 
 
 def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:

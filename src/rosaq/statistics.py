@@ -1,6 +1,6 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ class Statistics:
         record: the calibration's settings, sizes, and a SHA-256 of its tokens, JSON-able.
         inputs: per decoder block.
         windows: token ids (S, T).
+        learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
     """
 
     record: dict[str, Any]
     inputs: list[BlockInputs]
     windows: torch.Tensor
+    learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 def measure(
