@@ -1,6 +1,7 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
-from rosaq.basis import PreparedBlock, draw_bases, prepare_block, residual_moment
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITES
+from rosaq.basis import Bases, PreparedBlock, draw_bases, prepare_block, residual_basis
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
@@ -19,8 +20,8 @@ from rosaq.learned import DEPENDS_ON, Learned, QuantizedModel, learn
 from rosaq.moments import BlockInputs, collect_moments
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
-from rosaq.rotation import principal_basis
-from rosaq.rounding.linear import quantize_linear
+from rosaq.rounding.clipping import UNCLIPPED
+from rosaq.rounding.linear import Rounding, quantize_linear, quantize_stacked
 from rosaq.source import Source, open_source
 from rosaq.statistics import Statistics, compute_dtype, measure
 
@@ -82,7 +83,7 @@ def quantize(
         with clock("rotation"):
             basis, head_bases = draw_bases(recipe, source.architecture)
             if recipe.rotation == "global":
-                basis = principal_basis(residual_moment(inputs).to(device))[0]
+                basis = residual_basis(inputs, recipe, device)
         learned = None
         if recipe.rotation == "learned":
             with clock("learning"):
@@ -121,6 +122,10 @@ class Job:
     basis: torch.Tensor | None
     head_bases: torch.Tensor | None
 
+    def bases(self, index: int) -> Bases:
+        """Those that block `index` absorbs."""
+        return Bases(self.basis, None if self.head_bases is None else self.head_bases[index])
+
 
 def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, device: str, progress: Progress) -> Learned:
     """The recipe's learned rotations, learned once for all recipes that share the statistics."""
@@ -134,8 +139,8 @@ def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, d
 
 
 def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the rounding looks at them, by a second pass; else nothing."""
-    if job.recipe.rounding == "gptq":
+    """Whole second moments of each block's sites where the recipe looks at them, by a second pass; else nothing."""
+    if job.recipe.needs_moments:
         return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device))
     return iter([{}] * job.source.architecture.layers)
 
@@ -147,16 +152,15 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
         job: what to quantize by.
         index: of the block.
         inputs: what calibration kept of it.
-        moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
+        moments: site -> second moment (K, K) as `collect_moments` gives it, where the recipe needs it; else empty.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
     block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    heads = None if job.head_bases is None else job.head_bases[index]
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"], heads)
+    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.bases(index), job.plan.linears, moments)
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
-    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
-    for norm, rotation in prepared.rotations.items():
-        stored[f"{prefix}{norm}.rotation"] = rotation.half()
+    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, prefix).items()}
+    for module, rotation in prepared.rotations.items():
+        stored[f"{prefix}{module}.rotation"] = rotation.half()
     linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
     for name, tensor in prepared.block.items():
         if name not in linear_weights:
@@ -164,18 +168,22 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
     return stored
 
 
-def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
-    stored = {}
-    for role, module in LINEARS.items():
-        weight, site = prepared.block[f"{module}.weight"], SITE_OF[role]
-        order = prepared.orders[site].to(weight.device) if site in prepared.orders else None
-        try:
-            tensors = quantize_linear(weight, plan.linears[role], order, moments.get(site))
-        except ValueError as error:
-            raise ValueError(f"{prefix}{module}: {error}") from error
-        if f"{module}.bias" in prepared.block:
-            tensors["bias"] = prepared.block[f"{module}.bias"].half()
-        stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
+def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], job: Job, prefix: str) -> dict[str, torch.Tensor]:
+    recipe, stored = job.recipe, {}
+    for site, roles in SITES.items():
+        order = prepared.orders[site].to(job.device) if site in prepared.orders else None
+        for clipped, together in itertools.groupby(roles, lambda role: recipe.clipping == "awq" and role not in UNCLIPPED):
+            modules = {LINEARS[role]: job.plan.linears[role] for role in together}
+            weights = [prepared.block[f"{module}.weight"] for module in modules]
+            rounding = Rounding(recipe.rounding == "gptq", recipe.act_order, clipped)
+            try:
+                layers = quantize_stacked(weights, list(modules.values()), order, moments.get(site), rounding)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
+            for module, tensors in zip(modules, layers, strict=True):
+                if f"{module}.bias" in prepared.block:
+                    tensors["bias"] = prepared.block[f"{module}.bias"].half()
+                stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
     return stored
 
 
@@ -218,6 +226,8 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
     }
     if plan.hadamard_inputs:
         config.quantization_config["hadamard_inputs"] = list(plan.hadamard_inputs)
+    if plan.rotated_inputs:
+        config.quantization_config["rotated_inputs"] = list(plan.rotated_inputs)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
     writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
 
