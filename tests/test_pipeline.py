@@ -135,10 +135,11 @@ def test_widths_that_no_group_divides(width, saved, calibration, tmp_path):
     assert relative(logits(loaded), logits(reference)) < 0.25
 
 
-def test_the_same_command_gives_the_same_bytes(saved, calibration, tmp_path):
+@pytest.mark.parametrize("recipe", ["rosaq-paper", "rosaq-random", "awq", "gptq-act-order"])
+def test_the_same_command_gives_the_same_bytes(recipe, saved, calibration, tmp_path):
     original = saved("llama")
     for name in ("a", "b"):
-        quantize(str(original), tmp_path / name, small("rosaq-paper"), calibration, "cpu")
+        quantize(str(original), tmp_path / name, small(recipe), calibration, "cpu")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
