@@ -82,6 +82,7 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "scaling.py",
         "transformers.py",
         "loading.py",
+        "dense.py",
         "vllm.py",
         "vllm_layers.py",
         "shards.py",
