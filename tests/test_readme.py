@@ -83,10 +83,14 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "clipping.py",
         "transformers.py",
         "loading.py",
+        "dense.py",
         "vllm.py",
         "vllm_layers.py",
         "shards.py",
         "perplexity.py",
+        "zeroshot.py",
+        "tasks.py",
+        "likelihood.py",
         "kernels.py",
     }
     source = ROOT / "src" / "rosaq"
