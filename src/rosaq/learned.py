@@ -8,6 +8,7 @@ H key-value heads, E head size, S windows, B windows of a batch, T tokens, V voc
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def learn(
     residual = start[0].to(model.device, torch.float64)
     heads = None if start[1] is None else start[1].to(model.device, torch.float64)
     losses = []
-    with _tf32(model.device):
+    with _gpu_arithmetic(model.device):
         before = _held_out_loss(model, held_out, residual, heads)
         for step, rows in enumerate(_batches(len(training), recipe)):
             variables = [residual.float().requires_grad_()]
@@ -214,12 +215,18 @@ def _held_out_loss(model: QuantizedModel, windows: torch.Tensor, residual: torch
 
 
 @contextmanager
-def _tf32(device: str) -> Iterator[None]:
-    """TF32 products on a GPU: their error is a thousandth, the grid's step a tenth of a weight."""
-    before = torch.get_float32_matmul_precision()
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")
-    try:
+def _gpu_arithmetic(device: str) -> Iterator[None]:
+    """On a GPU, TF32 products (their error is a thousandth, the grid's step a tenth of a weight), and the same ones every time."""
+    if not device.startswith("cuda"):
         yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")  # cuBLAS is, on the one stream that is used here
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
