@@ -15,13 +15,13 @@ from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
-from rosaq.moments import BlockInputs, collect_moments
+from rosaq.moments import BlockInputs
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.rotation import principal_basis
 from rosaq.rounding.linear import quantize_linear
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, compute_dtype, measure
+from rosaq.statistics import Statistics, measure
 
 ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
 
@@ -81,7 +81,7 @@ def quantize(
             basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
         with clock("rounding"):
             job = Job(source, recipe, plan, basis, device)
-            for index, moments in enumerate(_moments(job, calibration.windows)):
+            for index, moments in enumerate(_moments(job, calibration)):
                 writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
             writer.add(quantize_tables(job))
@@ -111,10 +111,10 @@ class Job:
     device: str
 
 
-def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the rounding looks at them, by a second pass; else nothing."""
+def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole second moments of each block's sites where the rounding looks at them, by a second pass or held; else nothing."""
     if job.recipe.rounding == "gptq":
-        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device))
+        return statistics.second_moments(job.source, job.device)
     return iter([{}] * job.source.architecture.layers)
 
 

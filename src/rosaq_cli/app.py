@@ -11,6 +11,7 @@ import sys
 import typer
 
 from rosaq_cli import benchmark
+from rosaq_cli.compare import compare
 from rosaq_cli.evaluate import evaluate
 from rosaq_cli.generate import generate
 from rosaq_cli.quantize import quantize
@@ -29,6 +30,7 @@ app.command(rich_help_panel="Quantize")(quantize)
 app.command(rich_help_panel="Quantize")(recipes)
 app.command(rich_help_panel="Quantize")(verify)
 app.command(rich_help_panel="Run and measure")(evaluate)
+app.command(rich_help_panel="Run and measure")(compare)
 app.command(rich_help_panel="Run and measure")(generate)
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Run and measure")
 
