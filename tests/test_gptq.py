@@ -5,7 +5,9 @@ import torch
 
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
-from rosaq.rounding.linear import quantize_linear
+from rosaq.rounding.linear import NEAREST, Rounding, quantize_linear
+
+GPTQ = Rounding(gptq=True)
 
 
 def correlated(tokens, width, seed=0):
@@ -15,8 +17,8 @@ def correlated(tokens, width, seed=0):
     return shared + 0.3 * torch.randn(tokens, width, generator=generator)
 
 
-def output_error(weight, layout, x, moment):
-    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment))
+def output_error(weight, layout, x, moment, rounding=GPTQ):
+    got = dequantize(layout, quantize_linear(weight, layout, None, moment, NEAREST if moment is None else rounding))
     return float((x @ (got - weight).T).square().sum())
 
 
@@ -34,7 +36,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up():
     layout = LinearLayout(8, 64, 4, 32, salient=16)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     moment = torch.diag(torch.linspace(0.1, 5, 64))
-    ours, nearest = quantize_linear(weight, layout, moment_KK=moment), quantize_linear(weight, layout)
+    ours, nearest = quantize_linear(weight, layout, moment_KK=moment, rounding=GPTQ), quantize_linear(weight, layout)
     assert all(torch.equal(ours[name], nearest[name]) for name in nearest)
 
 
@@ -43,7 +45,7 @@ def test_salient_channels_are_the_least_squares_fit():
     layout = LinearLayout(6, 64, 3, 16, salient=16)
     weight, x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), correlated(2000, 64).double()
     moment = x.T @ x / len(x)
-    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment)).double()
+    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment, rounding=GPTQ)).double()
     rest = x @ weight.T.double() - x[:, 16:] @ got[:, 16:].T
     best = torch.linalg.lstsq(x[:, :16], rest).solution.T
     assert float((got[:, :16] - best).norm() / best.norm()) < 0.05
@@ -52,13 +54,13 @@ def test_salient_channels_are_the_least_squares_fit():
 
 def test_a_moment_that_is_none_is_refused():
     with pytest.raises(ValueError, match="not positive definite"):
-        quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32))
+        quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32), rounding=GPTQ)
 
 
 def test_channels_that_never_fire_are_no_trouble():
     x = correlated(500, 64)
     x[:, 5] = 0
-    stored = quantize_linear(torch.randn(4, 64), LinearLayout(4, 64, 4, 32), moment_KK=x.T @ x)
+    stored = quantize_linear(torch.randn(4, 64), LinearLayout(4, 64, 4, 32), moment_KK=x.T @ x, rounding=GPTQ)
     assert torch.isfinite(dequantize(LinearLayout(4, 64, 4, 32), stored)).all()
 
 
@@ -66,6 +68,6 @@ def test_an_order_of_channels_is_an_order_of_the_moment_too():
     ordered, plain = (LinearLayout(4, 64, 4, 16, salient=16, ordered=flag) for flag in (True, False))
     weight, x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), correlated(500, 64)
     order, moment = torch.randperm(64, generator=torch.Generator().manual_seed(2)), x.T @ x / len(x)
-    with_order = quantize_linear(weight, ordered, order, moment)
-    before = quantize_linear(weight[:, order], plain, moment_KK=moment[order][:, order])
+    with_order = quantize_linear(weight, ordered, order, moment, GPTQ)
+    before = quantize_linear(weight[:, order], plain, moment_KK=moment[order][:, order], rounding=GPTQ)
     assert all(torch.equal(with_order[name], before[name]) for name in before)

@@ -80,6 +80,7 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "grid.py",
         "gptq.py",
         "scaling.py",
+        "clipping.py",
         "transformers.py",
         "loading.py",
         "vllm.py",

@@ -119,3 +119,16 @@ class RosaqLinear(nn.Module):
         if form.salient:
             parts.append(f"salient={form.blocks}x{form.salient} at {form.salient_bits} bits")
         return ", ".join(parts + [f"bias={form.bias}"])
+
+
+class RotatedLinear(RosaqLinear):
+    """y = (x R) W^T + b, for recipes whose basis cannot be absorbed (head_rotation "concatenated"), R (K, K) float16."""
+
+    def __init__(self, layout: LinearLayout, device: torch.device | str | None = None) -> None:
+        """Make uninitialised buffers, the rotation among them."""
+        super().__init__(layout, device)
+        self.register_buffer("rotation", torch.empty(layout.in_features, layout.in_features, dtype=torch.float16, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product (..., N) in the type of x."""
+        return super().forward(x @ self.get_buffer("rotation").to(x.dtype))

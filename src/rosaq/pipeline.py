@@ -1,6 +1,7 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
-from rosaq.basis import PreparedBlock, prepare_block, residual_moment
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITES
+from rosaq.basis import PreparedBlock, prepare_block, residual_basis
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
@@ -18,8 +19,8 @@ from rosaq.device import resolve_device
 from rosaq.moments import BlockInputs
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
-from rosaq.rotation import principal_basis
-from rosaq.rounding.linear import quantize_linear
+from rosaq.rounding.clipping import UNCLIPPED
+from rosaq.rounding.linear import Rounding, quantize_linear, quantize_stacked
 from rosaq.source import Source, open_source
 from rosaq.statistics import Statistics, measure
 
@@ -78,7 +79,7 @@ def quantize(
             calibration = measure(source, calibration or Calibration(), device, progress, clock)
         inputs = calibration.inputs
         with clock("rotation"):
-            basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
+            basis = residual_basis(inputs, recipe, device)
         with clock("rounding"):
             job = Job(source, recipe, plan, basis, device)
             for index, moments in enumerate(_moments(job, calibration)):
@@ -112,8 +113,8 @@ class Job:
 
 
 def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the rounding looks at them, by a second pass or held; else nothing."""
-    if job.recipe.rounding == "gptq":
+    """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
+    if job.recipe.needs_moments:
         return statistics.second_moments(job.source, job.device)
     return iter([{}] * job.source.architecture.layers)
 
@@ -125,15 +126,15 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
         job: what to quantize by.
         index: of the block.
         inputs: what calibration kept of it.
-        moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
+        moments: site -> second moment (K, K) as `collect_moments` gives it, where the recipe needs it; else empty.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
     block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
+    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears, moments)
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
-    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
-    for norm, rotation in prepared.rotations.items():
-        stored[f"{prefix}{norm}.rotation"] = rotation.half()
+    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, prefix).items()}
+    for module, rotation in prepared.rotations.items():
+        stored[f"{prefix}{module}.rotation"] = rotation.half()
     linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
     for name, tensor in prepared.block.items():
         if name not in linear_weights:
@@ -141,18 +142,22 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
     return stored
 
 
-def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
-    stored = {}
-    for role, module in LINEARS.items():
-        weight, site = prepared.block[f"{module}.weight"], SITE_OF[role]
-        order = prepared.orders[site].to(weight.device) if site in prepared.orders else None
-        try:
-            tensors = quantize_linear(weight, plan.linears[role], order, moments.get(site))
-        except ValueError as error:
-            raise ValueError(f"{prefix}{module}: {error}") from error
-        if f"{module}.bias" in prepared.block:
-            tensors["bias"] = prepared.block[f"{module}.bias"].half()
-        stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
+def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], job: Job, prefix: str) -> dict[str, torch.Tensor]:
+    recipe, stored = job.recipe, {}
+    for site, roles in SITES.items():
+        order = prepared.orders[site].to(job.device) if site in prepared.orders else None
+        for clipped, together in itertools.groupby(roles, lambda role: recipe.clipping == "awq" and role not in UNCLIPPED):
+            modules = {LINEARS[role]: job.plan.linears[role] for role in together}
+            weights = [prepared.block[f"{module}.weight"] for module in modules]
+            rounding = Rounding(recipe.rounding == "gptq", recipe.act_order, clipped)
+            try:
+                layers = quantize_stacked(weights, list(modules.values()), order, moments.get(site), rounding)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
+            for module, tensors in zip(modules, layers, strict=True):
+                if f"{module}.bias" in prepared.block:
+                    tensors["bias"] = prepared.block[f"{module}.bias"].half()
+                stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
     return stored
 
 
@@ -193,6 +198,8 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
         | {module: layout.form() for module, layout in plan.tables.items()},
         "rotated_norms": list(plan.rotated_norms),
     }
+    if plan.rotated_inputs:
+        config.quantization_config["rotated_inputs"] = list(plan.rotated_inputs)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
     writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
 

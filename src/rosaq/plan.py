@@ -19,6 +19,8 @@ class Plan:
         linears: form of each linear layer of a decoder block, by role; the same in every block.
         tables: form of embedding and lm_head where they are stored at 8 bits, by module name; empty where they stay.
         rotated_norms: names within a block of the norms that rotate at run time (rotation "per-layer").
+        rotated_inputs: names within a block of the linear layers that rotate their input at run time
+            (head_rotation "concatenated").
         untied: a tied embedding table gets a separate lm_head.
         tied: embedding and lm_head are one table in the checkpoint.
         bits_per_weight: stored bits over weights, all linear layers of the decoder blocks: scales, zero points,
@@ -30,6 +32,7 @@ class Plan:
     linears: dict[str, LinearLayout]
     tables: dict[str, LinearLayout]
     rotated_norms: tuple[str, ...]
+    rotated_inputs: tuple[str, ...]
     untied: bool
     tied: bool
     bits_per_weight: float
@@ -54,7 +57,9 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
     untied = a.tied and recipe.rotation == "global"
     weights = sum(layout.out_features * layout.in_features for layout in linears.values())
     rotated = tuple(NORMS[norm] for norm in SITE_NORM.values()) if recipe.rotation == "per-layer" else ()
-    stored = sum(layout.bits_stored() for layout in linears.values()) + len(rotated) * 16 * a.hidden**2
+    rotated_inputs = (LINEARS["o"],) if recipe.head_rotation == "concatenated" else ()
+    rotations = len(rotated) * a.hidden**2 + len(rotated_inputs) * a.width("attn_out") ** 2
+    stored = sum(layout.bits_stored() for layout in linears.values()) + 16 * rotations
     other = 16 * (a.norm_weights() + sum(linears[role].out_features for role in biases))
     blocks = a.layers * (stored + other) + 16 * a.hidden
     copies = 1 if a.tied and not untied else 2
@@ -68,13 +73,15 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
         copies, table = 2, layout.bits_stored()
     tied = copies == 1
     total = blocks + copies * table
-    return Plan(linears, tables, rotated, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
+    return Plan(linears, tables, rotated, rotated_inputs, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
 
 
 def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool) -> LinearLayout:
     site = SITE_OF[role]
     n, k = a.shape(role)
     layout = LinearLayout(n, k, recipe.bits, recipe.group_size, salient_bits=recipe.salient_bits, bias=bias)
+    if site == "attn_out" and recipe.head_rotation == "concatenated":
+        return replace(layout, salient=recipe.salient_per_head * a.heads)
     if site == "attn_out":
         return replace(layout, blocks=a.heads, salient=recipe.salient_per_head) if recipe.salient_per_head else layout
     if site == "mlp_out":

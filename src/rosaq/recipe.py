@@ -16,9 +16,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "bits": (3, 4),
     "salient_bits": (8, 16),
     "rotation": ("none", "global", "per-layer"),
-    "head_rotation": ("none", "head-wise"),
-    "selection": ("eigenvalue", "magnitude"),
+    "head_rotation": ("none", "head-wise", "shared", "concatenated"),
+    "selection": ("eigenvalue", "bottom", "random", "top-bottom", "magnitude"),
+    "scaling": ("none", "awq"),
     "down_scaling": ("none", "awq"),
+    "clipping": ("none", "awq"),
     "rounding": ("nearest", "gptq"),
     "embedding_bits": ("auto", "8", "16"),
 }
@@ -38,18 +40,30 @@ class Recipe:
             "per-layer": one PCA per attn_in and mlp_in, as the paper puts it; it cannot be absorbed and costs a
             d x d product per site and token. "none": the model's own basis.
         head_rotation: basis of the attention output. "head-wise": one PCA per key-value head (ROSAQ Eq. 6), absorbed.
+            "shared": one PCA of a head's size for all heads, absorbed. "concatenated": one PCA over the concatenated
+            heads, which W_V cannot absorb (each head mixes its values by its own attention), so it costs a product
+            with a matrix as wide as the heads together per layer and token; its salient channels are the first
+            heads x salient_per_head.
         salient: channels of attn_in and mlp_in that stay precise.
         salient_per_head: channels of each head of attn_out that stay precise.
         salient_bits: 16 (FP16) or 8 (INT8, one FP16 scale per output).
-        selection: "eigenvalue": the leading channels of the rotated basis (ROSAQ). "magnitude": the channels with the
-            largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
+        selection: of the rotated basis "eigenvalue": the leading channels (ROSAQ), "bottom": the last, "random":
+            consecutive ones from a drawn place, "top-bottom": half of each end (Table 2). "magnitude": the channels
+            with the largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
+        scaling: "awq": per-channel scaling of the inputs of attn_in and mlp_in, absorbed by the norm weight, and of
+            attn_out, absorbed by W_V. It takes a second pass over the calibration text.
         down_scaling: "awq": per-channel scaling of W_down's input, absorbed by W_up.
+        clipping: "awq": the range of each group's grid is searched below the group's largest weight, in all layers
+            but q and k, as AWQ has it. It takes a second pass over the calibration text.
         salient_down: channels of the feed-forward network that stay precise at mlp_out, those of the largest mean |x|.
             Putting them first is absorbed by W_gate and W_up.
         rounding: "nearest", or "gptq": error feedback by the second moment of the inputs, with the salient channels
             last, so that they take up the rest. It takes a second pass over the calibration text.
         embedding_bits: width of embedding and lm_head. "16": as they are. "8": INT8 per group. "auto": 16, unless the
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
+        act_order: GPTQ rounds the channels of largest second moment first. The groups stay consecutive channels, with
+            grids fitted beforehand, so nothing changes at run time.
+        seed: of what a recipe draws at random: a random rotation, random salient channels.
 
     Raises:
         ValueError: a value that is not allowed, naming the field and what is.
@@ -65,29 +79,46 @@ class Recipe:
     salient_per_head: int = 32
     salient_bits: int = 16
     selection: str = "eigenvalue"
+    scaling: str = "none"
     down_scaling: str = "awq"
     salient_down: int = 0
+    clipping: str = "none"
     rounding: str = "nearest"
     embedding_bits: str = "auto"
+    act_order: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse types and values that mean nothing, and pairs that contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected = {"int": int, "str": str}[getattr(field.type, "__name__", str(field.type))]
+            expected = {"int": int, "str": str, "bool": bool}[getattr(field.type, "__name__", str(field.type))]
             if type(value) is not expected:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
-        for name in ("salient", "salient_per_head", "salient_down"):
+        for name in ("salient", "salient_per_head", "salient_down", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
         if self.group_size < 16 or self.group_size % 16:
             raise ValueError(f"recipe {self.name!r}: group_size is {self.group_size}; it must be a multiple of 16, such as 32, 64 or 128")
-        if self.selection == "eigenvalue" and self.salient and self.rotation == "none":
-            raise ValueError(f"recipe {self.name!r}: selection by eigenvalue needs a rotation; use rotation 'global' or selection 'magnitude'")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse pairs of values that contradict each other."""
+        if self.selection != "magnitude" and self.salient and self.rotation == "none":
+            raise ValueError(f"recipe {self.name!r}: selection by {self.selection} needs a rotation; use rotation 'global' or selection 'magnitude'")
         if self.selection == "magnitude" and (self.rotation, self.head_rotation) != ("none", "none"):
             raise ValueError(f"recipe {self.name!r}: selection by magnitude is made in the model's own basis: rotation and head_rotation 'none'")
+        if self.scaling == "awq" and (self.rotation == "per-layer" or self.head_rotation == "concatenated"):
+            raise ValueError(f"recipe {self.name!r}: scaling 'awq' is absorbed by norms and W_V, which a rotation at run time keeps from it")
+        if self.act_order and self.rounding != "gptq":
+            raise ValueError(f"recipe {self.name!r}: act_order is an order of GPTQ's rounding; it needs rounding 'gptq'")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether whole second moments of all sites are needed, a second pass over the calibration text."""
+        return self.rounding == "gptq" or "awq" in (self.scaling, self.clipping) or self.head_rotation == "concatenated"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -99,6 +99,32 @@ def scale_feed_forward(block: Block, scale_K: torch.Tensor) -> Block:
     return scaled
 
 
+def scale_residual_inputs(block: Block, site: str, scale_D: torch.Tensor) -> Block:
+    """Scale the inputs of a site behind a norm: W diag(s), and the norm's weight over s (AWQ)."""
+    scaled = dict(block)
+    for role in SITES[site]:
+        name = f"{LINEARS[role]}.weight"
+        scaled[name] = block[name] * scale_D.to(block[name])
+    norm = f"{NORMS[SITE_NORM[site]]}.weight"
+    scaled[norm] = block[norm] / scale_D.to(block[norm])
+    return scaled
+
+
+def scale_values(block: Block, scale_HE: torch.Tensor, architecture: Architecture) -> Block:
+    """Scale the attention output per channel of each key-value head: W_O diag(s), and W_V's rows and bias over s (AWQ).
+
+    The query heads of a group mix rows of the same values, so they share the head's scale.
+    """
+    a = architecture
+    scaled = dict(block)
+    v, o, bias = f"{LINEARS['v']}.weight", f"{LINEARS['o']}.weight", f"{LINEARS['v']}.bias"
+    scaled[o] = block[o] * scale_HE.repeat_interleave(a.heads // a.kv_heads, 0).flatten().to(block[o])
+    scaled[v] = block[v] / scale_HE.flatten().to(block[v])[:, None]
+    if bias in block:
+        scaled[bias] = block[bias] / scale_HE.flatten().to(block[bias])
+    return scaled
+
+
 def permute_feed_forward(block: Block, order_K: torch.Tensor) -> Block:
     """Reorder the channels of the feed-forward network: columns of W_down, rows and biases of W_gate and W_up."""
     permuted = dict(block)
