@@ -79,9 +79,8 @@ def quantize(
             calibration = measure(source, calibration or Calibration(), device, progress, clock)
         inputs = calibration.inputs
         with clock("rotation"):
-            basis = residual_basis(inputs, recipe, device)
+            job = make_job(source, recipe, inputs, device)
         with clock("rounding"):
-            job = Job(source, recipe, plan, basis, device)
             for index, moments in enumerate(_moments(job, calibration)):
                 writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
@@ -119,6 +118,18 @@ def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tenso
     return iter([{}] * job.source.architecture.layers)
 
 
+def make_job(source: Source, recipe: Recipe, inputs: list[BlockInputs], device: str) -> Job:
+    """The job of a recipe: the plan, and the basis that all blocks share."""
+    return Job(source, recipe, make_plan(recipe, source.architecture, _biases(source)), residual_basis(inputs, recipe, device), device)
+
+
+def prepare(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> PreparedBlock:
+    """One decoder block in the basis that it is rounded in, float32; arguments as for `quantize_block`."""
+    source = job.source
+    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
+    return prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears, moments)
+
+
 def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The stored tensors of one decoder block, by full name.
 
@@ -129,8 +140,7 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
         moments: site -> second moment (K, K) as `collect_moments` gives it, where the recipe needs it; else empty.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
-    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears, moments)
+    prepared = prepare(job, index, inputs, moments)
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
     stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, prefix).items()}
     for module, rotation in prepared.rotations.items():

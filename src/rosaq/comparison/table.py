@@ -174,6 +174,10 @@ def _notes(measured: list[tuple[Cell, dict[str, Any]]], paper: Published | None)
     calibration = next((values["calibration"] for cell, values in measured if cell.recipe is not None), None)
     if calibration is not None:
         notes.append(f"Calibrated on {calibration['samples']} windows of {calibration['seq_len']} tokens of {calibration['text']}.")
+    if any("csr" in values["figures"] for _, values in measured):
+        notes.append("Zero-shot: acc for WinoGrande and CSQA, acc_norm for the others, percent; their average is the plain mean of the seven.")
+    if any("mmlu" in values["figures"] for _, values in measured):
+        notes.append("MMLU: acc over four letters, zero-shot, percent; averages over questions.")
     if paper is not None:
         notes.append(f"Rows marked published are {paper.title}'s figures in {SOURCE}, not measured here.")
     return notes
