@@ -46,15 +46,29 @@ def relative_errors(weight_NK: torch.Tensor, rounded_NK: torch.Tensor, moment_KK
 
 
 def recipe_errors(
-    source: Source, recipe: Recipe, statistics: Statistics, observed: list[dict[str, Observation]], device: str, progress: Progress = no_progress
+    source: Source,
+    recipe: Recipe,
+    statistics: Statistics,
+    observed: list[dict[str, Observation]],
+    device: str,
+    every: int = 1,
 ) -> list[LayerError]:
-    """Errors of each layer as a recipe quantizes it; nothing is written."""
+    """Errors of each layer as a recipe quantizes it; nothing is written.
+
+    Args:
+        source: the model.
+        recipe: the recipe.
+        statistics: what it calibrates on.
+        observed: what the outputs are measured on: of the same text, or of another.
+        device: where to compute.
+        every: look at every so many decoder blocks only.
+    """
     job = make_job(source, recipe, statistics.inputs, device)
 
     def stored(index: int, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return quantize_block(job, index, statistics.inputs[index], moments)
 
-    return _errors(job, statistics, observed, stored, progress)
+    return _errors(job, statistics, observed, stored, every=every)
 
 
 def checkpoint_errors(
@@ -85,12 +99,21 @@ def checkpoint_errors(
     return errors
 
 
-def _errors(job: Job, statistics: Statistics, observed: list[dict[str, Observation]], stored: Stored, progress: Progress) -> list[LayerError]:
+def _errors(
+    job: Job,
+    statistics: Statistics,
+    observed: list[dict[str, Observation]],
+    stored: Stored,
+    progress: Progress = no_progress,
+    every: int = 1,
+) -> list[LayerError]:
     found, layers = [], job.source.architecture.layers
     # A recipe that searches by the moments must see the very ones that it was quantized by.
     needed, seen = job.recipe.needs_moments, ({site: kept.moment for site, kept in sites.items()} for sites in observed)
     passes = statistics.second_moments(job.source, job.device) if needed else seen
     for index, moments in enumerate(passes):
+        if index % every:
+            continue
         moments = {site: moment.to(job.device) for site, moment in moments.items()}
         given = moments if needed else {}
         prepared, tensors = prepare(job, index, statistics.inputs[index], given), stored(index, given)
