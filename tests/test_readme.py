@@ -83,6 +83,7 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "clipping.py",
         "transformers.py",
         "loading.py",
+        "dense.py",
         "vllm.py",
         "vllm_layers.py",
         "shards.py",

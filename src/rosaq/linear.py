@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rosaq import kernels
+from rosaq.kernels.dequantized import dequantize
 from rosaq.layout import LinearLayout
 
 
@@ -55,6 +56,10 @@ class RosaqLinear(nn.Module):
         if found["qweight"].is_meta:
             raise ValueError("this layer is on the meta device and holds no values; load its tensors first")
         return found
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) of the plain layer that computes the same; exact in float32, rounded once in other types."""
+        return dequantize(self.layout, self.tensors(), torch.float32).to(dtype)
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> tuple[ModuleType, Any]:
