@@ -19,6 +19,7 @@ from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.comparison.experiment import Cell
 from rosaq.comparison.measures import Measures
 from rosaq.comparison.results import Results
+from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
 from rosaq.pipeline import quantize
 from rosaq.skeleton import full_model
@@ -92,11 +93,11 @@ class Worker:
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._model(cell, clock) as (model, facts):
-            figures = self.measures.run(model, tasks, clock, self.progress)
+            figures, form = self.measures.run(model, tasks, clock, self.progress), "packed" if is_packed(model) else "dense"
         host, device = peak_memory(self.device)
         run = {
             "tasks": tasks, "seconds": {**clock.seconds, "whole cell": round(time.perf_counter() - begun, 3)},
-            "peak_host_bytes": host, "peak_device_bytes": device, "versions": versions(), "hardware": hardware(self.device),
+            "peak_host_bytes": host, "peak_device_bytes": device, "versions": versions(), "hardware": hardware(self.device), "weights": form,
         }  # fmt: skip
         earlier = self.results.read(cell) or {"figures": {}, "runs": []}
         values = {**facts, "figures": {**earlier["figures"], **figures}, "runs": [*earlier["runs"], run]}
@@ -118,7 +119,7 @@ class Worker:
             report = quantize(self.source, place, cell.recipe, statistics, self.device, self.progress)
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
-                model, _ = load_model(str(place), self.device, self.experiment.dtype)
+                model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")
             yield model, {
                 "recipe": cell.recipe.to_dict(), "bits": cell.recipe.bits, "bits_per_weight": report.bits_per_weight,
                 "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration,
