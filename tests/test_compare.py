@@ -18,6 +18,7 @@ from rosaq import Calibration, load_recipe, measure, open_source, quantize
 from rosaq.architecture import Architecture
 from rosaq.clock import no_progress
 from rosaq.comparison.experiment import Experiment, fingerprint, sized
+from rosaq.comparison.measures import task_figures
 from rosaq.comparison.published import published
 from rosaq.comparison.results import Results
 from rosaq.comparison.run import compare
@@ -242,3 +243,29 @@ def test_published_figures_only_for_the_papers_models(experiment, saved, tmp_pat
     assert [row.method for row in table.rows if row.bits == 16] == ["original", "FP16"]
     assert "| INT3 | ROSAQ (published) |  | 6.08 |" in table.markdown() and "not measured here" in table.markdown()
     assert '<tr class="published">' in table.html() and ",arXiv:2506.13472," in table.csv()
+
+
+def test_zero_shot_tasks_for_the_first_seed_and_added_later(experiment, saved, tmp_path, shared):
+    pytest.importorskip("lm_eval")
+    saved("llama", max_position_embeddings=2048)  # in the place of the experiment's: an answer has more than 128 letters
+    one = {"recipes": (sized(load_recipe("rtn"), 16),), "bits": (4,), "seeds": (0, 1), "data": shared / "data", "windows": 2, "documents": 1}
+    first = compare(experiment(**one), tmp_path / "out", ("cpu",))
+    both = compare(experiment(**one, tasks=("wikitext2", "csr")), tmp_path / "out", ("cpu",))
+    assert [sorted(values["figures"]) for _, values in both] == [["csr", "wikitext2"], ["csr", "wikitext2"], ["wikitext2"]]
+    assert [len(values["runs"]) for _, values in both] == [2, 2, 1]  # the first figures are kept
+    assert [values["figures"]["wikitext2"] for _, values in both] == [values["figures"]["wikitext2"] for _, values in first]
+    table = table_of(both)
+    assert table.columns == ["bits/weight", "WikiText-2 PPL", "PIQA", "WinoGrande", "HellaSwag", "ARC-e", "ARC-c", "CSQA", "OBQA", "average"]
+    scores = both[1][1]["figures"]["csr"]["tasks"]
+    shown = [table.rows[1].figures[column].value for column in table.columns[2:]]
+    assert shown[:-1] == [100 * score["accuracy"] for score in scores.values()] and shown[-1] == pytest.approx(sum(shown[:-1]) / 7)
+    assert "Zero-shot: acc for WinoGrande and CSQA" in table.markdown()
+
+
+def test_mmlu_columns():
+    average = {"accuracy": 0.25, "standard_error": 0.01, "questions": 10}
+    names = ("mmlu", "mmlu_humanities", "mmlu_social_sciences", "mmlu_stem", "mmlu_other")
+    results = {"mmlu": {"tasks": {"mmlu_anatomy": average}, "averages": {name: average for name in names}}}
+    found = task_figures(results)
+    assert [column for column, _, _ in found] == ["MMLU humanities", "MMLU social", "MMLU STEM", "MMLU other", "MMLU average"]
+    assert found[0][1:] == (25, 1)

@@ -6,8 +6,7 @@ from rosaq.calibration import windows_hash
 from rosaq.clock import Clock, Progress
 from rosaq.comparison.experiment import PERPLEXITY, Experiment
 from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
-from rosaq.evaluation.tasks import chosen_tasks, read_rows
-from rosaq.evaluation.zeroshot import zero_shot
+from rosaq.evaluation.zeroshot import check_zero_shot, zero_shot
 
 COLUMNS = {
     "piqa": "PIQA", "winogrande": "WinoGrande", "hellaswag": "HellaSwag", "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "commonsense_qa": "CSQA",
@@ -29,9 +28,8 @@ class Measures:
             raise ValueError(f"{experiment.model}: no tokenizer, so no text can be predicted")
         self._tokenizer, self._data, self._documents = tokenizer, experiment.data, experiment.documents
         names = [task for task in experiment.tasks if task != PERPLEXITY]
-        if names and experiment.data is not None:
-            for task in chosen_tasks(names):
-                read_rows(experiment.data / task.file, task)
+        if names:
+            check_zero_shot(names, experiment.data)
         if PERPLEXITY in experiment.tasks:
             self._windows = text_windows(read_wikitext2(experiment.data), tokenizer, experiment.window)[: experiment.windows]
 
