@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import rosaq
-from rosaq.basis import prepare_block, residual_basis
+from rosaq.basis import Bases, prepare_block, residual_basis
 from rosaq.clock import no_progress
 from rosaq.device import resolve_device
 from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
@@ -48,7 +48,7 @@ def main() -> None:
     }
     for index, inputs in enumerate(statistics.inputs):
         block = {name: tensor.to(device, torch.float32) for name, tensor in source.block(index).items()}
-        rotated = prepare_block(block, inputs, recipe, source.architecture, basis, layouts).block
+        rotated = prepare_block(block, inputs, recipe, source.architecture, Bases(basis), layouts).block
         state.update({source.architecture.block_prefix(index) + name: tensor for name, tensor in rotated.items()})
     model.load_state_dict({name: tensor.half().float() for name, tensor in state.items()})
     print(f"rotated, FP16 weights {perplexity(model, windows, no_progress).perplexity:.4f}")

@@ -197,6 +197,16 @@ def test_bad_evaluation(cli, saved, tmp_path):
         refused(cli("benchmark", "kernels"), "sees no CUDA GPU")
 
 
+def test_recipes_state_their_bits(cli):
+    code, out, _ = cli("recipes", "--json")
+    table = json.loads(out)
+    rows = {row["name"]: row for row in table["recipes"]}
+    assert code == 0 and table["model"] == "Llama-2-7B"
+    assert [rows["rtn"][key] for key in ("bits per weight, INT4", "INT3")] == ["4.16", "3.16"]
+    assert [rows["rosaq-paper"][key] for key in ("bits per weight, INT4", "INT3")] == ["4.66", "3.70"]
+    assert cli("recipes")[1].count("4.66") >= 5
+
+
 def test_help_needs_no_pytorch():
     code = "import sys; sys.argv = ['rosaq', '--help']\nfrom rosaq_cli.app import main\n"
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

@@ -7,13 +7,14 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # Level of each module; a sub-package counts as its files. What is not listed fails.
 LEVELS = {
     "rosaq.version": 0, "rosaq.layout": 0, "rosaq.packing": 0, "rosaq.recipe": 0, "rosaq.architecture": 0, "rosaq.clock": 0, "rosaq.device": 0,
+    "rosaq.hadamard": 0,
     "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
     "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1,
     "rosaq.source": 2,
     "rosaq.kernels": 2,
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
-    "rosaq.moments": 4, "rosaq.engines": 4,
-    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
+    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4, "rosaq.curve": 4,
+    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
     "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
     "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
     "rosaq.comparison": 7, "rosaq.inspection": 7,
@@ -25,6 +26,7 @@ LEVELS = {
 SERVING = (
     "rosaq.kernels",
     "rosaq.linear",
+    "rosaq.hadamard_linear",
     "rosaq.embedding",
     "rosaq.norm",
     "rosaq.engines.transformers",
@@ -32,7 +34,16 @@ SERVING = (
     "rosaq.engines.vllm_layers",
     "rosaq.engines",
 )
-CALIBRATING = ("rosaq.calibration", "rosaq.moments", "rosaq.statistics", "rosaq.basis", "rosaq.rotation", "rosaq.rounding", "rosaq.pipeline")
+CALIBRATING = (
+    "rosaq.calibration",
+    "rosaq.moments",
+    "rosaq.statistics",
+    "rosaq.basis",
+    "rosaq.rotation",
+    "rosaq.rounding",
+    "rosaq.learned",
+    "rosaq.pipeline",
+)
 
 
 def module_name(path: Path) -> str:

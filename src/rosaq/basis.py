@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rosaq.architecture import LINEARS, NORMS, SITE_NORM, SITES, Architecture
+from rosaq.hadamard import hadamard_transform
 from rosaq.layout import LinearLayout
 from rosaq.moments import BlockInputs, SiteInputs
-from rosaq.recipe import Recipe
+from rosaq.recipe import DRAWN, Recipe
 from rosaq.rotation import (
     Block,
     absorb_heads,
@@ -17,6 +18,8 @@ from rosaq.rotation import (
     fold_norms,
     permute_feed_forward,
     principal_basis,
+    random_bases,
+    rotate_down,
     scale_feed_forward,
     scale_residual_inputs,
     scale_values,
@@ -39,6 +42,7 @@ class PreparedBlock:
         transforms: site -> what its inputs were multiplied by, from x as `moments` sees it: a diagonal (K,), a basis
             (K, K), or one per query head (heads, E, E); nothing where they are as they were.
         down_order: order (K,) of the feed-forward channels, applied before the transform of mlp_out, or None.
+        down_rotated: the inputs of mlp_out are multiplied by a Hadamard matrix at run time, behind all other changes.
     """
 
     block: Block
@@ -46,9 +50,12 @@ class PreparedBlock:
     rotations: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, torch.Tensor] = field(default_factory=dict)
     down_order: torch.Tensor | None = None
+    down_rotated: bool = False
 
     def moment(self, site: str, moment_KK: torch.Tensor) -> torch.Tensor:
         """A site's second moment (K, K) as `moments` sees it, in the basis of the block."""
+        if site == "mlp_out" and self.down_rotated:
+            return hadamard_transform(hadamard_transform(moment_KK).T)
         if site == "mlp_out" and self.down_order is not None:
             moment_KK = moment_KK[self.down_order][:, self.down_order]
         if site not in self.transforms:
@@ -90,6 +97,19 @@ class PreparedBlock:
             self.transforms[site] = transform.to(scale_K.device) / per_column
 
 
+@dataclass(frozen=True)
+class Bases:
+    """The bases of a block that are not found from its own inputs.
+
+    Attributes:
+        residual: (D, D) where one is absorbed by the whole residual stream, else None.
+        heads: (H, E, E) where the recipe draws or learns them, else None.
+    """
+
+    residual: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
+
+
 def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
     """The moment (D, D) that one basis for the whole residual stream is taken from.
 
@@ -105,6 +125,18 @@ def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
             sites += 1
     assert total is not None
     return total / sites
+
+
+def draw_bases(recipe: Recipe, architecture: Architecture) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the recipe draws by its seed: residual basis (D, D), head bases (blocks, H, E, E), float64; None what it does not.
+
+    A learned basis starts from the "hadamard" one of the same seed.
+    """
+    a, generator = architecture, torch.Generator().manual_seed(recipe.seed)
+    kinds = ["hadamard" if kind == "learned" else kind for kind in (recipe.rotation, recipe.head_rotation)]
+    residual = random_bases(kinds[0], 1, a.hidden, generator)[0] if kinds[0] in DRAWN else None
+    heads = random_bases(kinds[1], a.layers * a.kv_heads, a.head_size, generator) if kinds[1] in DRAWN else None
+    return residual, None if heads is None else heads.view(a.layers, a.kv_heads, a.head_size, a.head_size)
 
 
 def residual_basis(inputs: Iterable[BlockInputs], recipe: Recipe, device: torch.device | str) -> torch.Tensor | None:
@@ -125,7 +157,7 @@ def prepare_block(
     inputs: BlockInputs,
     recipe: Recipe,
     architecture: Architecture,
-    residual_basis: torch.Tensor | None,
+    bases: Bases,
     layouts: dict[str, LinearLayout],
     moments: Moments | None = None,
 ) -> PreparedBlock:
@@ -136,7 +168,7 @@ def prepare_block(
         inputs: what `moments.collect` kept of the block.
         recipe: the recipe.
         architecture: the model's sizes.
-        residual_basis: (D, D) where the recipe's rotation is "global", else None.
+        bases: those of the whole model that this block absorbs.
         layouts: form of each linear layer by role, for searches that look at its rounding.
         moments: site -> whole second moment (K, K), where the recipe needs them.
     """
@@ -145,16 +177,16 @@ def prepare_block(
     prepared = PreparedBlock(block if recipe.rotation == "none" else fold_norms(block))
     if recipe.rotation == "none":
         prepared.transforms.update(gains)
-    elif recipe.rotation == "global":
-        assert residual_basis is not None
-        prepared.block = absorb_residual(prepared.block, residual_basis.to(device))
-        prepared.transforms.update({site: residual_basis for site in SITE_NORM})
-    else:
+    elif recipe.rotation == "per-layer":
         _rotate_per_layer(prepared, inputs, recipe, device)
+    else:
+        assert bases.residual is not None
+        prepared.block = absorb_residual(prepared.block, bases.residual.to(device))
+        prepared.transforms.update({site: bases.residual for site in SITE_NORM})
     if recipe.head_rotation == "concatenated":
         _rotate_concatenated(prepared, moments, recipe, architecture)
     else:
-        _absorb_heads(prepared, inputs, recipe, architecture)
+        _absorb_heads(prepared, inputs, recipe, architecture, bases.heads)
     if recipe.selection == "magnitude" and recipe.salient:
         for site, gain in gains.items():
             prepared.orders[site] = salient_first(inputs[site].magnitude * gain.abs().cpu(), recipe.salient)
@@ -164,6 +196,8 @@ def prepare_block(
     for site in SITES:
         if (recipe.down_scaling if site == "mlp_out" else recipe.scaling) == "awq":
             _scale(prepared, site, inputs[site], layouts, architecture, moments.get(site))
+    if recipe.down_rotation == "hadamard":
+        prepared.block, prepared.down_rotated = rotate_down(prepared.block), True
     return prepared
 
 
@@ -183,8 +217,10 @@ def _rotate_concatenated(prepared: PreparedBlock, moments: Moments, recipe: Reci
     prepared.rotations[LINEARS["o"]] = prepared.transforms["attn_out"] = basis
 
 
-def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, a: Architecture) -> None:
-    if recipe.head_rotation != "none":
+def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, a: Architecture, given: torch.Tensor | None) -> None:
+    if given is not None:
+        bases = given
+    elif recipe.head_rotation != "none":
         moment = inputs["attn_out"].moment
         assert moment is not None
         if recipe.head_rotation == "shared":

@@ -134,10 +134,10 @@ class RotatedLinear(RosaqLinear):
         super().__init__(layout, device)
         self.register_buffer("rotation", torch.empty(layout.in_features, layout.in_features, dtype=torch.float16, device=device))
 
-    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (N, K) of a plain linear layer that computes the same: W R^T, multiplied in float64."""
-        return (super().dense_weight(torch.float64) @ self.get_buffer("rotation").double().T).to(dtype)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product (..., N) in the type of x."""
         return super().forward(x @ self.get_buffer("rotation").to(x.dtype))
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) that takes x itself: W R^T."""
+        return (super().dense_weight(torch.float32).double() @ self.get_buffer("rotation").double().T).to(dtype)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITES
-from rosaq.basis import PreparedBlock, prepare_block, residual_basis
+from rosaq.basis import Bases, PreparedBlock, draw_bases, prepare_block, residual_basis
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
 from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
+from rosaq.learned import DEPENDS_ON, Learned, QuantizedModel, learn
 from rosaq.moments import BlockInputs
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
@@ -29,7 +30,7 @@ ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a t
 
 @dataclass
 class Report:
-    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes."""
+    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes, `learned.Learned.record`."""
 
     recipe: dict[str, Any]
     calibration: dict[str, Any]
@@ -40,6 +41,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
+    learning: dict[str, Any] = field(default_factory=dict)
 
 
 def quantize(
@@ -78,15 +80,16 @@ def quantize(
         if not isinstance(calibration, Statistics):
             calibration = measure(source, calibration or Calibration(), device, progress, clock)
         inputs = calibration.inputs
-        with clock("rotation"):
-            job = make_job(source, recipe, inputs, device)
+        with clock("learning" if recipe.rotation == "learned" else "rotation"):
+            job = make_job(source, recipe, calibration, device, progress)
         with clock("rounding"):
             for index, moments in enumerate(_moments(job, calibration)):
                 writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
             writer.add(quantize_tables(job))
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device))
+        learned = job.learned.record if job.learned else {}
+        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device), learned)
         with clock("writing"):
             _finish(writer, source, plan, report)
     return report
@@ -100,15 +103,34 @@ class Job:
         source: the model.
         recipe: the recipe.
         plan: the recipe laid out over the model.
-        basis: (D, D) of the residual stream where it is one for all, else None.
         device: where to compute.
+        basis: (D, D) of the residual stream where it is one for all, else None.
+        head_bases: (blocks, H, E, E) of the attention output where they are drawn or learned, else None.
+        learned: how they were learned, where they were.
     """
 
     source: Source
     recipe: Recipe
     plan: Plan
-    basis: torch.Tensor | None
     device: str
+    basis: torch.Tensor | None
+    head_bases: torch.Tensor | None
+    learned: Learned | None = None
+
+    def bases(self, index: int) -> Bases:
+        """Those that block `index` absorbs."""
+        return Bases(self.basis, None if self.head_bases is None else self.head_bases[index])
+
+
+def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, device: str, progress: Progress) -> Learned:
+    """The recipe's learned rotations, learned once for all recipes that share the statistics."""
+    key = tuple(getattr(recipe, name) for name in DEPENDS_ON)
+    if key not in statistics.learned:
+        windows, (residual, heads) = statistics.windows, draw_bases(recipe, source.architecture)
+        assert residual is not None
+        model = QuantizedModel(source, recipe, plan.linears, windows.shape[1], device)
+        statistics.learned[key] = learn(model, (residual, heads), windows, recipe, progress)
+    return statistics.learned[key]
 
 
 def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tensor]]:
@@ -118,16 +140,23 @@ def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tenso
     return iter([{}] * job.source.architecture.layers)
 
 
-def make_job(source: Source, recipe: Recipe, inputs: list[BlockInputs], device: str) -> Job:
-    """The job of a recipe: the plan, and the basis that all blocks share."""
-    return Job(source, recipe, make_plan(recipe, source.architecture, _biases(source)), residual_basis(inputs, recipe, device), device)
+def make_job(source: Source, recipe: Recipe, statistics: Statistics, device: str, progress: Progress = no_progress) -> Job:
+    """The job of a recipe: the plan, and the bases that all blocks share, drawn, learned or out of the statistics."""
+    plan = make_plan(recipe, source.architecture, _biases(source))
+    if recipe.rotation == "learned":
+        learned = _learn(source, recipe, plan, statistics, device, progress)
+        return Job(source, recipe, plan, device, learned.residual, learned.heads, learned)
+    basis, head_bases = draw_bases(recipe, source.architecture)
+    if recipe.rotation == "global":
+        basis = residual_basis(statistics.inputs, recipe, device)
+    return Job(source, recipe, plan, device, basis, head_bases)
 
 
 def prepare(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> PreparedBlock:
     """One decoder block in the basis that it is rounded in, float32; arguments as for `quantize_block`."""
     source = job.source
     block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    return prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears, moments)
+    return prepare_block(block, inputs, job.recipe, source.architecture, job.bases(index), job.plan.linears, moments)
 
 
 def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,6 +237,8 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
         | {module: layout.form() for module, layout in plan.tables.items()},
         "rotated_norms": list(plan.rotated_norms),
     }
+    if plan.hadamard_inputs:
+        config.quantization_config["hadamard_inputs"] = list(plan.hadamard_inputs)
     if plan.rotated_inputs:
         config.quantization_config["rotated_inputs"] = list(plan.rotated_inputs)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from rosaq.architecture import EMBEDDING, HEAD, LINEARS, NORMS, SITE_NORM, SITE_OF, Architecture
+from rosaq.hadamard import hadamard_factors
 from rosaq.layout import LinearLayout
-from rosaq.recipe import Recipe
+from rosaq.recipe import ABSORBED, Recipe
 
 TABLE_BITS = 8
 
@@ -21,6 +22,8 @@ class Plan:
         rotated_norms: names within a block of the norms that rotate at run time (rotation "per-layer").
         rotated_inputs: names within a block of the linear layers that rotate their input at run time
             (head_rotation "concatenated").
+        hadamard_inputs: names within a block of the linear layers whose input is multiplied by a Hadamard matrix at run
+            time (down_rotation "hadamard").
         untied: a tied embedding table gets a separate lm_head.
         tied: embedding and lm_head are one table in the checkpoint.
         bits_per_weight: stored bits over weights, all linear layers of the decoder blocks: scales, zero points,
@@ -33,6 +36,7 @@ class Plan:
     tables: dict[str, LinearLayout]
     rotated_norms: tuple[str, ...]
     rotated_inputs: tuple[str, ...]
+    hadamard_inputs: tuple[str, ...]
     untied: bool
     tied: bool
     bits_per_weight: float
@@ -49,15 +53,18 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
         biases: roles whose linear layer has a bias.
 
     Raises:
-        ValueError: the recipe keeps more channels precise than there are; names the option and what is allowed.
+        ValueError: the recipe keeps more channels precise than there are, or rotates W_down's input where there is no
+            Hadamard matrix of its width; names the option and what is allowed.
     """
     a = architecture
     _check_salient(recipe, a)
+    _check_down_rotation(recipe, a)
     linears = {role: _linear(role, recipe, a, role in biases) for role in LINEARS}
-    untied = a.tied and recipe.rotation == "global"
+    untied = a.tied and recipe.rotation in ABSORBED
     weights = sum(layout.out_features * layout.in_features for layout in linears.values())
     rotated = tuple(NORMS[norm] for norm in SITE_NORM.values()) if recipe.rotation == "per-layer" else ()
     rotated_inputs = (LINEARS["o"],) if recipe.head_rotation == "concatenated" else ()
+    online = (LINEARS["down"],) if recipe.down_rotation == "hadamard" else ()
     rotations = len(rotated) * a.hidden**2 + len(rotated_inputs) * a.width("attn_out") ** 2
     stored = sum(layout.bits_stored() for layout in linears.values()) + 16 * rotations
     other = 16 * (a.norm_weights() + sum(linears[role].out_features for role in biases))
@@ -73,7 +80,7 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
         copies, table = 2, layout.bits_stored()
     tied = copies == 1
     total = blocks + copies * table
-    return Plan(linears, tables, rotated, rotated_inputs, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
+    return Plan(linears, tables, rotated, rotated_inputs, online, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
 
 
 def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool) -> LinearLayout:
@@ -96,6 +103,14 @@ def _check_salient(recipe: Recipe, a: Architecture) -> None:
         raise ValueError(f"salient_down is {recipe.salient_down}, but there are {a.intermediate} channels; allowed are 0 to {a.intermediate - 1}")
     if recipe.salient_per_head >= a.head_size:
         raise ValueError(f"salient_per_head is {recipe.salient_per_head}, but a head has {a.head_size} channels; allowed are 0 to {a.head_size - 1}")
+
+
+def _check_down_rotation(recipe: Recipe, a: Architecture) -> None:
+    if recipe.down_rotation == "hadamard":
+        try:
+            hadamard_factors(a.intermediate)
+        except ValueError as error:
+            raise ValueError(f"down_rotation is 'hadamard', but {error}; the model needs down_rotation 'none'") from error
 
 
 def expected_tensors(layout: LinearLayout, module: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

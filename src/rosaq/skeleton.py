@@ -73,7 +73,7 @@ class BlockRunner:
         recorders = [_Recorder() for _ in self._blocks]
         model.model.layers = torch.nn.ModuleList(recorders)
         model.model.norm = torch.nn.Identity()
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: `call` may be differentiated through these arguments
             model.model(inputs_embeds=torch.zeros(1, seq_len, config.hidden_size, dtype=dtype, device=device), use_cache=False)
         self._arguments = [recorder.arguments for recorder in recorders]
 
@@ -86,6 +86,11 @@ class BlockRunner:
     def run(self, index: int, x_BTD: torch.Tensor) -> torch.Tensor:
         """Output (batch, tokens, hidden) of the loaded block."""
         return self._blocks[index](x_BTD, **self._arguments[index])
+
+    def call(self, index: int, tensors: dict[str, torch.Tensor], x_BTD: torch.Tensor) -> torch.Tensor:
+        """Output of a block that is not loaded, as a differentiable function of its weights and its input."""
+        state = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+        return torch.func.functional_call(self._blocks[index], state, (x_BTD,), self._arguments[index])
 
     def release(self, index: int) -> None:
         """Give the block's memory back."""

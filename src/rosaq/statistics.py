@@ -25,11 +25,13 @@ class Statistics:
         inputs: per decoder block.
         windows: token ids (S, T).
         hold: keep whole second moments once a recipe has asked for them; see `moments_fit`.
+        learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
     """
 
     record: dict[str, Any]
     inputs: list[BlockInputs]
     windows: torch.Tensor
+    learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     hold: bool = False
     _held: list[dict[str, torch.Tensor]] | None = field(default=None, repr=False)
 

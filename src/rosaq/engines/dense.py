@@ -61,7 +61,8 @@ def dense_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
 def _has_plain_form(module: torch.nn.Module) -> bool:
     """Whether this file knows what a module computes; a subclass with a forward of its own must say its `dense_weight`."""
     if isinstance(module, RosaqLinear):
-        return type(module).forward is RosaqLinear.forward or type(module).dense_weight is not RosaqLinear.dense_weight
+        kind = type(module)
+        return kind.forward is RosaqLinear.forward or kind.dense_weight is not RosaqLinear.dense_weight
     return isinstance(module, RosaqEmbedding | RotatedNorm) or not type(module).__module__.startswith("rosaq.")
 
 

@@ -63,7 +63,7 @@ def recipe_errors(
         device: where to compute.
         every: look at every so many decoder blocks only.
     """
-    job = make_job(source, recipe, statistics.inputs, device)
+    job = make_job(source, recipe, statistics, device)
 
     def stored(index: int, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return quantize_block(job, index, statistics.inputs[index], moments)
@@ -87,7 +87,7 @@ def checkpoint_errors(
     if found != wanted:
         raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
     tensors = SafetensorsFolder(folder)
-    job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics.inputs, device)
+    job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
     for role, module in LINEARS.items():
         name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.linears[role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
