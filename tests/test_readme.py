@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def options():
     """Options of each rosaq command, from its help."""
     found = {}
-    for command in ("quantize", "evaluate", "generate", "verify", "recipes"):
+    for command in ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
         help_text = subprocess.run(
             [sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
         )
@@ -92,6 +92,19 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "tasks.py",
         "likelihood.py",
         "kernels.py",
+        "experiment.py",
+        "results.py",
+        "measures.py",
+        "worker.py",
+        "run.py",
+        "table.py",
+        "published.py",
+        "observation.py",
+        "channels.py",
+        "errors.py",
+        "report.py",
+        "plots.py",
+        "page.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

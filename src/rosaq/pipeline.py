@@ -17,13 +17,13 @@ from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
 from rosaq.learned import DEPENDS_ON, Learned, QuantizedModel, learn
-from rosaq.moments import BlockInputs, collect_moments
+from rosaq.moments import BlockInputs
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.rounding.clipping import UNCLIPPED
 from rosaq.rounding.linear import Rounding, quantize_linear, quantize_stacked
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, compute_dtype, measure
+from rosaq.statistics import Statistics, measure
 
 ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
 
@@ -80,23 +80,16 @@ def quantize(
         if not isinstance(calibration, Statistics):
             calibration = measure(source, calibration or Calibration(), device, progress, clock)
         inputs = calibration.inputs
-        with clock("rotation"):
-            basis, head_bases = draw_bases(recipe, source.architecture)
-            if recipe.rotation == "global":
-                basis = residual_basis(inputs, recipe, device)
-        learned = None
-        if recipe.rotation == "learned":
-            with clock("learning"):
-                learned = _learn(source, recipe, plan, calibration, device, progress)
-                basis, head_bases = learned.residual, learned.heads
+        with clock("learning" if recipe.rotation == "learned" else "rotation"):
+            job = make_job(source, recipe, calibration, device, progress)
         with clock("rounding"):
-            job = Job(source, recipe, plan, device, basis, head_bases)
-            for index, moments in enumerate(_moments(job, calibration.windows)):
+            for index, moments in enumerate(_moments(job, calibration)):
                 writer.add(quantize_block(job, index, inputs[index], moments))
                 progress("rounding", index + 1, source.architecture.layers)
             writer.add(quantize_tables(job))
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device), learned.record if learned else {})
+        learned = job.learned.record if job.learned else {}
+        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device), learned)
         with clock("writing"):
             _finish(writer, source, plan, report)
     return report
@@ -113,6 +106,7 @@ class Job:
         device: where to compute.
         basis: (D, D) of the residual stream where it is one for all, else None.
         head_bases: (blocks, H, E, E) of the attention output where they are drawn or learned, else None.
+        learned: how they were learned, where they were.
     """
 
     source: Source
@@ -121,6 +115,7 @@ class Job:
     device: str
     basis: torch.Tensor | None
     head_bases: torch.Tensor | None
+    learned: Learned | None = None
 
     def bases(self, index: int) -> Bases:
         """Those that block `index` absorbs."""
@@ -138,11 +133,30 @@ def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, d
     return statistics.learned[key]
 
 
-def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the recipe looks at them, by a second pass; else nothing."""
+def _moments(job: Job, statistics: Statistics) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
     if job.recipe.needs_moments:
-        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device))
+        return statistics.second_moments(job.source, job.device)
     return iter([{}] * job.source.architecture.layers)
+
+
+def make_job(source: Source, recipe: Recipe, statistics: Statistics, device: str, progress: Progress = no_progress) -> Job:
+    """The job of a recipe: the plan, and the bases that all blocks share, drawn, learned or out of the statistics."""
+    plan = make_plan(recipe, source.architecture, _biases(source))
+    if recipe.rotation == "learned":
+        learned = _learn(source, recipe, plan, statistics, device, progress)
+        return Job(source, recipe, plan, device, learned.residual, learned.heads, learned)
+    basis, head_bases = draw_bases(recipe, source.architecture)
+    if recipe.rotation == "global":
+        basis = residual_basis(statistics.inputs, recipe, device)
+    return Job(source, recipe, plan, device, basis, head_bases)
+
+
+def prepare(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> PreparedBlock:
+    """One decoder block in the basis that it is rounded in, float32; arguments as for `quantize_block`."""
+    source = job.source
+    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
+    return prepare_block(block, inputs, job.recipe, source.architecture, job.bases(index), job.plan.linears, moments)
 
 
 def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,8 +169,7 @@ def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str,
         moments: site -> second moment (K, K) as `collect_moments` gives it, where the recipe needs it; else empty.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
-    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.bases(index), job.plan.linears, moments)
+    prepared = prepare(job, index, inputs, moments)
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
     stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, prefix).items()}
     for module, rotation in prepared.rotations.items():

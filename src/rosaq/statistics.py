@@ -1,14 +1,17 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from rosaq.architecture import SITES
 from rosaq.calibration import Calibration, read_documents, sample_windows, token_windows, windows_hash
 from rosaq.clock import Clock, Progress, no_progress
 from rosaq.device import resolve_device
-from rosaq.moments import BlockInputs, collect
+from rosaq.moments import BlockInputs, collect, collect_moments
 from rosaq.skeleton import full_model
 from rosaq.source import Source
 
@@ -21,6 +24,7 @@ class Statistics:
         record: the calibration's settings, sizes, and a SHA-256 of its tokens, JSON-able.
         inputs: per decoder block.
         windows: token ids (S, T).
+        hold: keep whole second moments once a recipe has asked for them; see `moments_fit`.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
     """
 
@@ -28,6 +32,27 @@ class Statistics:
     inputs: list[BlockInputs]
     windows: torch.Tensor
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    hold: bool = False
+    _held: list[dict[str, torch.Tensor]] | None = field(default=None, repr=False)
+
+    def second_moments(self, source: Source, device: str) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole second moments of each block's sites on the device, as `collect_moments` gives them: a pass over the text, unless they are held."""
+        if self._held is not None:
+            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held)
+            return
+        held = []
+        for moments in collect_moments(source, self.windows, device, compute_dtype(source, device)):
+            if self.hold:
+                held.append({site: moment.cpu() for site, moment in moments.items()})
+            yield moments
+        self._held = held if self.hold else None
+
+
+def moments_fit(source: Source) -> bool:
+    """Whether the whole second moments of all blocks take at most an eighth of the machine's memory."""
+    a = source.architecture
+    wanted = 4 * a.layers * sum(a.width(site) ** 2 for site in SITES)
+    return 8 * wanted <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(

@@ -67,14 +67,25 @@ def chosen_tasks(names: Sequence[str]) -> tuple[Task, ...]:
     return tuple(task for task in TASKS.values() if task in wanted)
 
 
-def read_rows(file: Path, task: Task) -> list[dict[str, Any]]:
-    """The rows of a task's file.
+def rows_file(data: Path, task: Task) -> Path:
+    """Path of a task's rows in a data folder.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    file = data / task.file
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; --data is a folder that holds {file.name} for {task.name}; without --data the hub is read")
+    return file
+
+
+def read_rows(data: Path, task: Task) -> list[dict[str, Any]]:
+    """The rows of a task in a data folder.
 
     Raises:
         ValueError: the file is missing, not UTF-8 or empty, or a line is not an object with the task's fields.
     """
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; --data is a folder that holds {file.name} for {task.name}; without --data the hub is read")
+    file = rows_file(data, task)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -119,7 +130,7 @@ class HarnessTasks:
         self.loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for task in chosen:
             leaves = [name for names in subjects.values() for name in names] if task is MMLU else [task.name]
-            rows = None if data is None else read_rows(data / task.file, task)
+            rows = None if data is None else read_rows(data, task)
             for leaf in leaves:
                 self._load(leaf, task, rows, data)
 

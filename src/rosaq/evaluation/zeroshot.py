@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from rosaq.clock import Progress, no_progress
-from rosaq.evaluation.tasks import CSR, TASKS, HarnessTasks, Task, chosen_tasks
+from rosaq.evaluation.tasks import CSR, TASKS, HarnessTasks, Task, chosen_tasks, rows_file
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,13 @@ def zero_shot(
         ValueError: an unknown task, lm-evaluation-harness is not installed, a file of the folder is missing or not as
             it should be, or the hub does not answer.
     """
-    chosen = chosen_tasks(tasks)
+    chosen = check_zero_shot(tasks, data)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
-    try:
-        from lm_eval.evaluator import evaluate  # noqa: PLC0415  (an optional dependency)
+    from lm_eval.evaluator import evaluate  # noqa: PLC0415  (an optional dependency)
 
-        from rosaq.evaluation.likelihood import LikelihoodModel  # noqa: PLC0415
-    except ImportError as error:
-        raise ValueError(f"zero-shot tasks need lm-evaluation-harness: pip install 'rosaq[eval]' ({error})") from error
+    from rosaq.evaluation.likelihood import LikelihoodModel  # noqa: PLC0415
+
     with _quiet_harness():
         questions = HarnessTasks(chosen, data)
         found = evaluate(LikelihoodModel(model, tokenizer, batch_tokens, progress), questions.loaded, limit=limit, log_samples=False)
@@ -121,6 +119,27 @@ def zero_shot(
     scores = {name: _score(name, found["results"][name]) for name in questions.loaded["tasks"]}
     averages = _averages(chosen, scores, questions.categories)
     return ZeroShotResult(scores, averages, limit, "hub" if data is None else str(data), version("lm-eval"))
+
+
+def check_zero_shot(tasks: Sequence[str], data: Path | None) -> tuple[Task, ...]:
+    """Refuse, before a model is loaded, what `zero_shot` would refuse after.
+
+    Returns:
+        The tasks that the names stand for.
+
+    Raises:
+        ValueError: an unknown task, lm-evaluation-harness is not installed, or the folder lacks a file.
+    """
+    chosen = chosen_tasks(tasks)
+    try:
+        import datasets  # noqa: F401, PLC0415  (optional dependencies)
+        import lm_eval  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ValueError(f"zero-shot tasks need lm-evaluation-harness: pip install 'rosaq[eval]' ({error})") from error
+    if data is not None:
+        for task in chosen:
+            rows_file(data, task)
+    return chosen
 
 
 def _score(name: str, figures: dict[str, Any]) -> TaskScore:
