@@ -26,13 +26,13 @@ def plot_learning(checkpoints: list[str | Path], file: str | Path) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
         raise ValueError("plots need the package matplotlib: pip install 'rosaq[plots]'") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, learning in curves.items():
         steps = len(learning["losses"])
         (line,) = axes.plot(range(steps), learning["losses"], linewidth=1, alpha=0.6, label=f"{name}: its batch")
         ends = [learning["held_out_before"], learning["held_out_after"]]
-        axes.plot([0, steps], ends, "o--", color=line.get_color(), label=f"{name}: {learning['held_out_windows']} windows kept aside")
-    axes.set(xlabel="step of Cayley SGD", ylabel="cross-entropy of the rounded model, nats per token")
+        axes.plot([0, steps], ends, "o--", color=line.get_color(), label=f"{name}: text kept aside")
+    axes.set(xlabel="step of Cayley SGD", ylabel="loss of the rounded model, nats per token")
     axes.legend()
     figure.savefig(file)
