@@ -124,15 +124,15 @@ def _with_error(figures: dict[str, float]) -> str:
 def _show_zero_shot(title: str, result: "ZeroShotResult") -> None:
     """One row a task (MMLU's subjects are in the JSON only), then the averages; the accuracy that counts comes first."""
 
-    def percent(value: float | None, error: float | None) -> str:
-        return "" if value is None or error is None else f"{100 * value:.2f} ± {100 * error:.2f}"
+    def percent(value: float, error: float) -> str:
+        return f"{100 * value:.2f} ± {100 * error:.2f}"
 
     rows = []
     for name, score in result.tasks.items():
         if not name.startswith("mmlu_"):
-            counted, each = percent(score.accuracy, score.standard_error), percent(score.acc, score.acc_stderr)
-            rows.append([name, counted, score.metric, each, percent(score.acc_norm, score.acc_norm_stderr), str(score.questions)])
+            counted, plain = percent(score.accuracy, score.standard_error), percent(score.acc, score.acc_stderr)
+            rows.append([name, counted, score.metric, plain, str(score.questions)])
     for name, average in result.averages.items():
         label = "average of csr" if name == "csr" else name
-        rows.append([label, percent(average.accuracy, average.standard_error), "", "", "", str(average.questions)])
-    show_table(title, ["", "accuracy, %", "by", "acc", "acc_norm", "questions"], rows)
+        rows.append([label, percent(average.accuracy, average.standard_error), "", "", str(average.questions)])
+    show_table(title, ["", "accuracy, %", "by", "acc, %", "questions"], rows)
