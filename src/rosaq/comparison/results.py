@@ -108,7 +108,7 @@ class Results:
     def checkpoint(self, cell: Cell) -> Iterator[Path]:
         """Where a claimed cell's checkpoint goes; removed after the block, as is what an earlier process left there."""
         place = self.folder / "checkpoints" / cell.name
-        for left in (place, *place.parent.glob(f".{cell.name}.partial-*")):
+        for left in (place, *place.parent.glob(f".{cell.name}.*")):
             shutil.rmtree(left, ignore_errors=True)
         try:
             yield place
