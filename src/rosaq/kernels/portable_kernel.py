@@ -1,17 +1,16 @@
 """The Triton kernel of `portable.py`; imported only where Triton is.
 
 M tokens, N outputs, K inputs; tensors as `layout.py` stores them. One program makes TILE_M x TILE_N outputs: first the quantized channels
-in steps of STEP, then the salient ones.
+in steps of STEP, then the salient ones. Arguments other than `tl.constexpr` carry no annotation: Triton would look its name up.
 """
-
-from typing import Any
+# ruff: noqa: ANN001, ANN202
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _codes(words: Any, bit: Any, mask: Any, BITS: tl.constexpr) -> Any:
+def _codes(words, bit, mask, BITS: tl.constexpr):
     """Codes of BITS bits that start at bit `bit` of rows of int32 words; they may cross into the next word."""
     shift = bit & 31
     code = tl.load(words + (bit >> 5), mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
@@ -24,8 +23,8 @@ def _codes(words: Any, bit: Any, mask: Any, BITS: tl.constexpr) -> Any:
 
 @triton.jit
 def product(  # noqa: PLR0913
-    x: Any, y: Any, qweight: Any, scales: Any, zeros: Any, salient: Any, salient_scales: Any, bias: Any, order: Any,
-    tokens: Any, n: Any, stride_m: Any, stride_k: Any, row_words: Any,
+    x, y, qweight, scales, zeros, salient, salient_scales, bias, order,
+    tokens, n, stride_m, stride_k, row_words,
     BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SALIENT: tl.constexpr, SALIENT_BYTES: tl.constexpr, BIAS: tl.constexpr, ORDERED: tl.constexpr, ONE_GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, STEP: tl.constexpr,
