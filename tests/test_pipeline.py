@@ -143,7 +143,7 @@ def test_the_same_command_gives_the_same_bytes(saved, calibration, tmp_path):
 
 
 def test_shards_and_index(saved, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr("rosaq.checkpoint.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("rosaq.shard_files.SHARD_BYTES", 20_000)
     original = saved("llama")
     quantize(str(original), tmp_path / "many", small("rosaq-paper"), calibration, "cpu")
     monkeypatch.undo()

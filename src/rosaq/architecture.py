@@ -95,6 +95,14 @@ class Architecture:
             "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate),
         }[role]  # fmt: skip
 
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by its name within a block."""
+        module, _, part = name.rpartition(".")
+        for role, linear in LINEARS.items():
+            if module == linear:
+                return self.shape(role) if part == "weight" else self.shape(role)[:1]
+        return (self.head_size,) if name in HEAD_NORMS else (self.hidden,)
+
     def width(self, site: str) -> int:
         """Input channels of a site."""
         return self.shape(SITES[site][0])[1]

@@ -1,7 +1,7 @@
 """From a recipe and what the sites' inputs look like, the changes of basis; and their application to a block."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -59,21 +59,48 @@ class PreparedBlock:
         return torch.einsum("pae,paqb,qbf->peqf", transform, blocks, transform).reshape_as(moment_KK)
 
 
-def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
-    """The moment (D, D) that one basis for the whole residual stream is taken from.
+class ResidualSum:
+    """The moment (D, D) that one basis for the whole residual stream is taken from, summed block by block in float64.
 
     The mean over all attn_in and mlp_in sites, each divided by its trace so that none counts for more than another.
+
+    Attributes:
+        total: sum so far, None before the first block.
+        sites: how many are in it.
     """
-    total, sites = None, 0
-    for inputs in blocks:
+
+    def __init__(self, total: torch.Tensor | None = None, sites: int = 0) -> None:
+        """Begin with nothing, or go on from a sum."""
+        self.total, self.sites = total, sites
+
+    def add(self, inputs: BlockInputs) -> None:
+        """Take one block's sites in."""
         for site in SITE_NORM:
             moment = inputs[site].moment
             assert moment is not None
             share = moment.double() / moment.double().trace()
-            total = share if total is None else total + share
-            sites += 1
-    assert total is not None
-    return total / sites
+            self.total = share if self.total is None else self.total + share
+            self.sites += 1
+
+    def moment(self) -> torch.Tensor:
+        """The mean (D, D)."""
+        assert self.total is not None
+        return self.total / self.sites
+
+
+def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
+    """The moment (D, D) of `ResidualSum` over all blocks."""
+    total = ResidualSum()
+    for inputs in blocks:
+        total.add(inputs)
+    return total.moment()
+
+
+def kept_inputs(inputs: BlockInputs, recipe: Recipe) -> BlockInputs:
+    """What rounding still needs of a block's inputs: moments of the residual sites only where each has its own basis."""
+    if recipe.rotation == "per-layer":
+        return inputs
+    return {site: replace(kept, moment=None) if site in SITE_NORM else kept for site, kept in inputs.items()}
 
 
 def prepare_block(

@@ -1,10 +1,9 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,33 +11,22 @@ from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
 from rosaq.basis import PreparedBlock, prepare_block, residual_moment
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
-from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
+from rosaq.checkpoint import FORMAT_VERSION, finish_checkpoint
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
-from rosaq.moments import BlockInputs, collect_moments
+from rosaq.distributed import current_ranks
+from rosaq.moments import BlockInputs, Flow, collect_moments
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe, load_recipe
-from rosaq.rotation import principal_basis
+from rosaq.results import Results, block_part, checkpoint_parts
+from rosaq.rotation import Block, principal_basis
 from rosaq.rounding.linear import quantize_linear
+from rosaq.run import Means, Report, Run
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, compute_dtype, measure
+from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably
+from rosaq.workfolder import WorkFolder, check_destination
 
 ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
-
-
-@dataclass
-class Report:
-    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes."""
-
-    recipe: dict[str, Any]
-    calibration: dict[str, Any]
-    device: str
-    bits_per_weight: float
-    checkpoint_bytes: int
-    original_bytes: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_host_bytes: int = 0
-    peak_device_bytes: int = 0
 
 
 def quantize(
@@ -48,8 +36,12 @@ def quantize(
     calibration: Calibration | Statistics | None = None,
     device: str = "auto",
     progress: Progress = no_progress,
+    means: Means | None = None,
 ) -> Report:
     """Quantize a model into a checkpoint folder that transformers loads.
+
+    A run that ends early, for whatever reason, leaves what it has done in `.NAME.partial` beside the output; the same
+    call goes on from there and ends in the same bytes. With torch's default process group, its ranks share the work.
 
     Args:
         model: hub id, local folder, `.gguf` file, or an opened source.
@@ -59,37 +51,77 @@ def quantize(
             statistics that `measure` made of it, to share them between recipes.
         device: "auto" (a CUDA GPU where there is one), "cpu", "cuda" or "cuda:N".
         progress: called as (stage, done, total).
+        means: bound on the memory; whether to start over.
 
     Returns:
         Sizes, times and memory of the run.
 
     Raises:
-        ValueError: whatever is wrong with the model, the recipe, the text or the destination; nothing is left behind.
+        ValueError: whatever is wrong with the model, the recipe, the text or the destination, or an earlier run with
+            this output was another one; nothing is left behind under the output's name.
     """
-    clock = Clock()
+    device, means, calibration = resolve_device(device), means or Means(), calibration or Calibration()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    device = resolve_device(device)
-    check_destination(Path(output).expanduser().absolute())
+    destination, clock = Path(output).expanduser().absolute(), Clock(device)
+    check_destination(destination)
     with clock("open"):
         source = open_source(model) if isinstance(model, str) else model
         plan = make_plan(recipe, source.architecture, _biases(source))
-    with CheckpointWriter(output) as writer:
-        if not isinstance(calibration, Statistics):
-            calibration = measure(source, calibration or Calibration(), device, progress, clock)
-        inputs = calibration.inputs
-        with clock("rotation"):
-            basis = principal_basis(residual_moment(inputs).to(device))[0] if recipe.rotation == "global" else None
-        with clock("rounding"):
-            job = Job(source, recipe, plan, basis, device)
-            for index, moments in enumerate(_moments(job, calibration.windows)):
-                writer.add(quantize_block(job, index, inputs[index], moments))
-                progress("rounding", index + 1, source.architecture.layers)
-            writer.add(quantize_tables(job))
+        parts = checkpoint_parts(source, plan)
+    run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
+    settings, windows = run.settings(calibration)
+    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work:
+        if windows is None:
+            assert isinstance(calibration, Calibration)
+            windows = run.sampled(calibration, work)
+        settings.pop("statistics", None)
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration.record, device, *sizes, clock.seconds, *peak_memory(device))
-        with clock("writing"):
-            _finish(writer, source, plan, report)
+        report = Report(recipe.to_dict(), calibration_record(settings, windows), torch.device(device).type, *sizes, clock.seconds)
+        if work.published:
+            work.publish()
+        else:
+            flow = run.flow(windows, means, work.path)
+            report.activations = flow.place
+            _make(run, work, Results(work, parts), flow, report, calibration if isinstance(calibration, Statistics) else windows)
+    report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
+
+
+def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Report, calibration: Statistics | torch.Tensor) -> None:
+    """The stages, each durable: measure, rotate, round, write."""
+    first = run.ranks.first
+    if first:
+        results.create()
+    run.ranks.wait()
+    with run.clock("activations"):
+        if isinstance(calibration, Statistics):
+            inputs, windows = calibration.inputs, calibration.windows
+            moment = residual_moment(inputs) if first and run.recipe.rotation == "global" else None
+        else:
+            windows = calibration
+            inputs, moment = measure_durably(run.source, windows, run.recipe, run.device, work, flow, run.progress)
+    with run.clock("rotation"):
+        job = Job(run.source, run.recipe, run.plan, _residual_basis(run, moment), run.device)
+    with run.clock("rounding"):
+        report.resumed_blocks = _round_blocks(run, job, inputs, windows, results, flow)
+        _round_tables(run, job, results)
+    with run.clock("writing"):
+        work.settle()
+        run.ranks.wait()
+        if first:
+            _finish(work, results, run, report)
+        run.ranks.wait()
+
+
+def _residual_basis(run: Run, moment: torch.Tensor | None) -> torch.Tensor | None:
+    """The basis of the residual stream where it is one for all; the first rank's, so that all have the same."""
+    if run.recipe.rotation != "global":
+        return None
+    hidden = run.source.architecture.hidden
+    if run.ranks.first:
+        assert moment is not None
+        return run.ranks.tell(principal_basis(moment.to(run.device))[0].contiguous())
+    return run.ranks.tell(torch.empty(hidden, hidden, dtype=torch.float64, device=run.device))
 
 
 @dataclass(frozen=True)
@@ -111,25 +143,63 @@ class Job:
     device: str
 
 
-def _moments(job: Job, windows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+def _round_blocks(run: Run, job: Job, inputs: Sequence[BlockInputs], windows: torch.Tensor, results: Results, flow: Flow) -> int:
+    """Round the blocks that are not done yet, each rank its own; returns how many were done.
+
+    Ranks take turns block by block. A rank rounds its block when all have run theirs of the turn: meanwhile it would
+    keep the others waiting for its part of their moments.
+    """
+    layers, ranks, clock = run.source.architecture.layers, run.ranks, run.clock
+    done = ranks.agree([results.done(block_part(index)) for index in range(layers)] if ranks.first else None)
+    mine = [index for index in range(layers) if index % ranks.count == ranks.rank and not done[index]]
+    blocks, turn = run.source.blocks(mine, run.device), []
+    first = next((index for index in range(layers) if not done[index]), layers)
+    for index, moments in enumerate(_moments(job, windows, replace(flow, start=first)), first):
+        if index in mine:
+            turn.append((index, moments))
+        del moments
+        if turn and (index % ranks.count == ranks.count - 1 or index == layers - 1):
+            with clock("reading"):
+                block = next(blocks)
+            number, kept = turn.pop()
+            stored = quantize_block(job, number, block, inputs[number], kept)
+            del block, kept
+            with clock("writing"):
+                results.later(block_part(number), stored)
+        run.progress("rounding", index + 1, layers)
+    return sum(done)
+
+
+def _round_tables(run: Run, job: Job, results: Results) -> None:
+    """Quantize what is outside the decoder blocks, each rank its own modules."""
+    modules = [FINAL_NORM, EMBEDDING] if job.plan.tied else [FINAL_NORM, EMBEDDING, HEAD]
+    for index, module in enumerate(modules):
+        if index % run.ranks.count == run.ranks.rank and not results.done(module):
+            stored = quantize_table(job, module)
+            with run.clock("writing"):
+                results.later(module, stored)
+
+
+def _moments(job: Job, windows: torch.Tensor, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
     """Whole second moments of each block's sites where the rounding looks at them, by a second pass; else nothing."""
-    if job.recipe.rounding == "gptq":
-        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device))
-    return iter([{}] * job.source.architecture.layers)
+    if job.recipe.rounding == "gptq" and flow.start < job.source.architecture.layers:
+        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device), flow)
+    return iter([{}] * (job.source.architecture.layers - flow.start))
 
 
-def quantize_block(job: Job, index: int, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The stored tensors of one decoder block, by full name.
 
     Args:
         job: what to quantize by.
         index: of the block.
+        block: the source's tensors.
         inputs: what calibration kept of it.
         moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
-    block = {name: tensor.to(job.device, torch.float32) for name, tensor in source.block(index).items()}
-    prepared = prepare_block(block, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
+    exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
+    prepared = prepare_block(exact, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
     turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
     stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
     for norm, rotation in prepared.rotations.items():
@@ -156,22 +226,21 @@ def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], plan
     return stored
 
 
-def quantize_tables(job: Job) -> dict[str, torch.Tensor]:
-    """Embedding, final norm and lm_head: rotated with the residual stream, at 8 bits where the plan says so."""
+def quantize_table(job: Job, module: str) -> dict[str, torch.Tensor]:
+    """Embedding, final norm or lm_head: rotated with the residual stream, at 8 bits where the plan says so."""
     source, basis = job.source, job.basis
     gain = source.final_norm()
-    stored = {f"{FINAL_NORM}.weight": (gain if basis is None else torch.ones_like(gain)).to(source.dtype)}
-    names = {EMBEDDING: source.embedding()} if job.plan.tied else {EMBEDDING: source.embedding(), HEAD: source.head()}
-    for module, table in names.items():
-        parts: dict[str, list[torch.Tensor]] = {}
-        for start in range(0, table.shape[0], ROWS):
-            rows = table[start : start + ROWS].to(job.device, torch.float32)
-            if basis is not None:
-                rows = (rows * gain.to(rows) if module == HEAD else rows) @ basis.to(rows)
-            for name, tensor in _table_rows(rows, job.plan, module, source.dtype).items():
-                parts.setdefault(name, []).append(tensor.cpu())
-        stored.update({f"{module}.{name}": torch.cat(tensors) for name, tensors in parts.items()})
-    return stored
+    if module == FINAL_NORM:
+        return {f"{FINAL_NORM}.weight": (gain if basis is None else torch.ones_like(gain)).to(source.dtype)}
+    table = source.head() if module == HEAD else source.embedding()
+    parts: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, table.shape[0], ROWS):
+        rows = table[start : start + ROWS].to(job.device, torch.float32)
+        if basis is not None:
+            rows = (rows * gain.to(rows) if module == HEAD else rows) @ basis.to(rows)
+        for name, tensor in _table_rows(rows, job.plan, module, source.dtype).items():
+            parts.setdefault(name, []).append(tensor.cpu())
+    return {f"{module}.{name}": torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def _table_rows(rows: torch.Tensor, plan: Plan, module: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -180,7 +249,8 @@ def _table_rows(rows: torch.Tensor, plan: Plan, module: str, dtype: torch.dtype)
     return quantize_linear(rows, replace(plan.tables[module], out_features=rows.shape[0]))
 
 
-def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report) -> None:
+def _finish(work: WorkFolder, results: Results, run: Run, report: Report) -> None:
+    source, plan = run.source, run.plan
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = plan.tied
     config.dtype = source.dtype
@@ -194,7 +264,7 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
         "rotated_norms": list(plan.rotated_norms),
     }
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
-    writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
+    finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, {"README.md": model_card(source, report)}, companions)
 
 
 def _biases(source: Source) -> frozenset[str]:

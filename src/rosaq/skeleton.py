@@ -60,7 +60,6 @@ class BlockRunner:
 
     def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str) -> None:
         """Prepare for windows of `seq_len` tokens, in `dtype` on `device`."""
-        self._dtype, self._device = dtype, device
         model = meta_model(config)
         _materialize_rotary(model, device)
         self._blocks = list(model.model.layers)
@@ -72,9 +71,9 @@ class BlockRunner:
         self._arguments = [recorder.arguments for recorder in recorders]
 
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-        """Block `index` on the device with these weights, by their names in the block."""
+        """Block `index` with these weights, on the device and in the type, by their names in the block."""
         block = self._blocks[index]
-        block.load_state_dict({name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()}, assign=True)
+        block.load_state_dict(tensors, assign=True)
         return block
 
     def run(self, index: int, x_BTD: torch.Tensor) -> torch.Tensor:

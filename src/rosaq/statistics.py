@@ -1,16 +1,21 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 
+from rosaq.basis import ResidualSum, kept_inputs
 from rosaq.calibration import Calibration, read_documents, sample_windows, token_windows, windows_hash
 from rosaq.clock import Clock, Progress, no_progress
 from rosaq.device import resolve_device
-from rosaq.moments import BlockInputs, collect
+from rosaq.distributed import current_ranks
+from rosaq.moments import BlockInputs, Flow, SiteInputs, collect
+from rosaq.recipe import Recipe
 from rosaq.skeleton import full_model
 from rosaq.source import Source
+from rosaq.workfolder import WorkFolder
 
 
 @dataclass
@@ -24,52 +29,137 @@ class Statistics:
     """
 
     record: dict[str, Any]
-    inputs: list[BlockInputs]
+    inputs: Sequence[BlockInputs]
     windows: torch.Tensor
 
 
 def measure(
     source: Source, calibration: Calibration | torch.Tensor, device: str = "auto", progress: Progress = no_progress, clock: Clock | None = None
 ) -> Statistics:
-    """Run the model over the calibration text.
+    """Run the model over the calibration text, and hold everything in memory, for any number of recipes.
 
     Args:
         source: the model.
         calibration: which text; or token ids (S, T) themselves.
         device: where blocks run.
         progress: called as (stage, done, total).
-        clock: takes the times of the stages "text" and "activations".
+        clock: takes the times of the stages "text", "reading" and "activations".
 
     Raises:
         ValueError: no text, too little of it, windows longer than the model's context, or activations that overflow.
     """
-    clock, device = clock or Clock(), resolve_device(device)
+    device = resolve_device(device)
+    clock = clock or Clock(device)
     if isinstance(calibration, torch.Tensor):
         windows, settings = calibration, {"text": "token ids"}
-        _check_length(windows.shape[1], source)
+        check_length(windows.shape[1], source)
     else:
         settings = calibration.to_dict()
-        _check_length(calibration.seq_len, source)
         with clock("text"):
             windows = read_windows(source, calibration, device, progress)
-    if int(windows.max()) >= source.architecture.vocabulary or int(windows.min()) < 0:
-        raise ValueError(f"calibration token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}")
+    check_windows(windows, source)
+    flow = Flow(ranks=current_ranks(), clock=clock)
     with clock("activations"):
-        inputs = list(collect(source, windows, device, compute_dtype(source, device), progress))
-    record = {**settings, "samples": windows.shape[0], "seq_len": windows.shape[1], "windows_sha256": windows_hash(windows)}
-    return Statistics(record, inputs, windows)
+        passed = collect(source, windows, device, compute_dtype(source, device), progress, flow)
+        inputs = [{site: kept.to("cpu") for site, kept in block.items()} for block in passed]
+    return Statistics(calibration_record(settings, windows), inputs, windows)
+
+
+class StoredInputs(Sequence[BlockInputs]):
+    """What `collect` gave of each block, as records of a work folder that are read when asked for."""
+
+    def __init__(self, work: WorkFolder, blocks: int) -> None:
+        """Nothing is read yet."""
+        self._work, self._blocks = work, blocks
+
+    @overload
+    def __getitem__(self, index: int) -> BlockInputs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockInputs]: ...
+
+    def __getitem__(self, index: int | slice) -> BlockInputs | list[BlockInputs]:
+        """Read one block's record, or several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._blocks))]
+        inputs: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self._work.load(_inputs_record(index)).items():
+            inputs.setdefault(name.split(".")[0], {})[name.split(".")[1]] = tensor
+        return {site: SiteInputs(**parts) for site, parts in inputs.items()}
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return self._blocks
+
+
+def measure_durably(
+    source: Source, windows: torch.Tensor, recipe: Recipe, device: str, work: WorkFolder, flow: Flow, progress: Progress
+) -> tuple[StoredInputs, torch.Tensor | None]:
+    """Run the model over the windows, and keep what one recipe needs of every block in a work folder as it is done.
+
+    A run that ended goes on behind the last block that was kept; the blocks before it are run again, without their sums.
+
+    Returns:
+        What is kept of the blocks; and the moment (D, D) that the residual stream's basis is taken from, on the device
+        of the first rank, None on the others and where the recipe has no such basis.
+    """
+    layers, whole = source.architecture.layers, recipe.rotation == "global"
+    start = flow.ranks.agree(_measured(work, layers))
+    total = ResidualSum()
+    if start and whole and flow.ranks.first:
+        total = ResidualSum(work.load(_measured_record(start - 1))["total"].to(device), 2 * start)
+    if start < layers:
+        flow = replace(flow, start=start)
+        for index, inputs in enumerate(collect(source, windows, device, compute_dtype(source, device), progress, flow), start):
+            if flow.ranks.first:
+                if whole:
+                    total.add(inputs)
+                with flow.clock("writing"):
+                    sums = {} if total.total is None else {"total": total.total}  # never changed in place
+                    work.later(_keep, work, index, kept_inputs(inputs, recipe), sums)
+        with flow.clock("writing"):
+            work.settle()
+    flow.ranks.wait()
+    return StoredInputs(work, layers), total.moment() if whole and flow.ranks.first else None
+
+
+def _keep(work: WorkFolder, index: int, inputs: BlockInputs, sums: dict[str, torch.Tensor]) -> None:
+    """Make the records of one block: of its inputs, then of all sums up to it, in whose place those before can go."""
+    tensors = {f"{site}.{part}": tensor for site, kept in inputs.items() for part, tensor in vars(kept).items() if tensor is not None}
+    work.save(_inputs_record(index), tensors)
+    work.save(_measured_record(index), sums)
+    work.remove(_measured_record(index - 1))
+
+
+def _measured(work: WorkFolder, layers: int) -> int:
+    """Blocks whose inputs are kept, with the sums up to the last of them."""
+    return next((index + 1 for index in reversed(range(layers)) if work.has(_measured_record(index))), 0)
+
+
+def _inputs_record(index: int) -> str:
+    return f"inputs-{index:05d}"
+
+
+def _measured_record(index: int) -> str:
+    return f"measured-{index:05d}"
+
+
+def calibration_record(settings: dict[str, Any], windows: torch.Tensor) -> dict[str, Any]:
+    """What a checkpoint says of its calibration."""
+    return {**settings, "samples": windows.shape[0], "seq_len": windows.shape[1], "windows_sha256": windows_hash(windows)}
 
 
 def compute_dtype(source: Source, device: str) -> torch.dtype:
-    """Type that blocks run in: bfloat16 for a bfloat16 model on a GPU, float32 otherwise.
+    """Type that blocks run in: bfloat16 for a model in half precision on a GPU, float32 otherwise.
 
     Float16 models do not run in float16: its range ends below the massive activations that some of them have.
     """
-    return torch.bfloat16 if device.startswith("cuda") and source.dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if device.startswith("cuda") and source.half else torch.float32
 
 
 def read_windows(source: Source, calibration: Calibration, device: str, progress: Progress = no_progress) -> torch.Tensor:
     """The calibration windows (S, T): from a text, or sampled from the model ("self", which loads it whole)."""
+    check_length(calibration.seq_len, source)
     if calibration.text == "self":
         return sample_windows(full_model(source, torch.bfloat16, device), calibration, progress)
     if source.tokenizer is None:
@@ -77,6 +167,13 @@ def read_windows(source: Source, calibration: Calibration, device: str, progress
     return token_windows(read_documents(calibration.text), source.tokenizer, calibration)
 
 
-def _check_length(seq_len: int, source: Source) -> None:
+def check_length(seq_len: int, source: Source) -> None:
+    """Refuse windows longer than the model's context."""
     if seq_len > source.architecture.context:
         raise ValueError(f"seq-len is {seq_len} tokens, but {source.name} has a context of {source.architecture.context}")
+
+
+def check_windows(windows: torch.Tensor, source: Source) -> None:
+    """Refuse token ids that the model does not have."""
+    if int(windows.max()) >= source.architecture.vocabulary or int(windows.min()) < 0:
+        raise ValueError(f"calibration token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}")

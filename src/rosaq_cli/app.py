@@ -1,7 +1,8 @@
 """`rosaq`: its commands, and what happens when one of them fails.
 
 Exit codes: 0 done; 1 something that the user gave is wrong, said in one sentence; 2 the command line itself is wrong;
-130 interrupted (Ctrl-C); 143 terminated. Whatever the code, nothing half-written is left behind.
+130 interrupted (Ctrl-C); 143 terminated. Whatever the code, nothing half-written has the output's name; what can be
+continued is in a hidden folder beside it, and the message says so.
 """
 
 import os
@@ -49,12 +50,29 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 def main() -> None:
     """Run the command line; the entry point `rosaq`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own options, not ours
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished output is removed
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except (ValueError, MemoryError, NotImplementedError) as error:
-        errors.print(f"rosaq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(str(error), error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("rosaq: interrupted; nothing was left behind", style="red", markup=False)
+    except KeyboardInterrupt as error:
+        _say("interrupted", error)
         sys.exit(130)
+    except Terminated as error:
+        _say("terminated", error)
+        sys.exit(143)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _say(what: str, error: BaseException) -> None:
+    """One sentence, with what a stage that the error passed had to add."""
+    told = "; ".join([what or type(error).__name__, *getattr(error, "__notes__", [])])
+    errors.print(f"rosaq: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
