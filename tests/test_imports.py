@@ -17,7 +17,7 @@ LEVELS = {
     "rosaq.moments": 4, "rosaq.engines": 4,
     "rosaq.basis": 5, "rosaq.engines.transformers": 5,
     "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
-    "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.engines.vllm": 7,
+    "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 7,
     "rosaq.pipeline": 8,
     "rosaq": 9,
     "rosaq_cli": 10,

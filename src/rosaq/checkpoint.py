@@ -44,6 +44,22 @@ def finish_checkpoint(
     work.publish()
 
 
+def check_published(work: WorkFolder, manifest: dict[str, Any]) -> None:
+    """Refuse a checkpoint that has the output's name already unless it is what this run made of it.
+
+    Args:
+        work: the run's folder, which only was to be removed.
+        manifest: what `finish_checkpoint` would write to `rosaq.json`.
+
+    Raises:
+        ValueError: the output is something else.
+    """
+    path = work.destination / MANIFEST
+    known = read_json(path) if path.is_file() else {}
+    if any(known.get(key) != value for key, value in manifest.items()):
+        raise ValueError(f"{work.destination}: output folder is not empty; name another or empty it")
+
+
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a local folder says that it is a rosaq checkpoint."""
     config = Path(folder) / "config.json"

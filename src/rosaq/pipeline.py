@@ -11,7 +11,7 @@ from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
 from rosaq.basis import PreparedBlock, prepare_block, residual_moment
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
-from rosaq.checkpoint import FORMAT_VERSION, finish_checkpoint
+from rosaq.checkpoint import FORMAT_VERSION, check_published, finish_checkpoint
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
@@ -78,7 +78,9 @@ def quantize(
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
         report = Report(recipe.to_dict(), calibration_record(settings, windows), torch.device(device).type, *sizes, clock.seconds)
         if work.published:
-            work.publish()
+            check_published(work, {"report": report.lasting()})
+            if run.ranks.first:
+                work.publish()
         else:
             flow = run.flow(windows, means, work.path)
             report.activations = flow.place

@@ -1,6 +1,6 @@
 """transformers' model of a source, without its weights or with them: one decoder block at a time, or whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,9 +58,10 @@ class BlockRunner:
     blocks' place, so nothing about a family's attention is repeated here.
     """
 
-    def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str) -> None:
-        """Prepare for windows of `seq_len` tokens, in `dtype` on `device`."""
+    def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str, change: Callable[[Any], object] = lambda model: None) -> None:
+        """Prepare for windows of `seq_len` tokens, in `dtype` on `device`, after a change to the model's modules."""
         model = meta_model(config)
+        change(model)
         _materialize_rotary(model, device)
         self._blocks = list(model.model.layers)
         recorders = [_Recorder() for _ in self._blocks]

@@ -74,8 +74,8 @@ class WorkFolder:
         if error is not None and self.path.is_dir():
             if any(self.path.glob("*-*.*")):
                 error.add_note(f"what is done is kept in {self.path}: the same command goes on from there, with --force it starts over")
-            else:
-                shutil.rmtree(self.path, ignore_errors=True)
+            elif not self.published:
+                _remove(self.path)
         os.close(self._lock)
 
     def _claim(self) -> None:
@@ -91,7 +91,7 @@ class WorkFolder:
                 raise ValueError(f"{self.path}: belongs to another run: {'; '.join(differing)}; give the same as before, or --force to start over")
         for unfinished in self.path.glob("tmp-*"):
             unfinished.unlink()
-        if not state.exists():
+        if not state.exists() and not self.published:
             self.note("state", self._identity)
 
     @property
@@ -172,7 +172,7 @@ class WorkFolder:
                     self.destination.rmdir()
                 self.checkpoint.rename(self.destination)
                 flush(self.destination.parent)
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
 
 
 def work_path(destination: Path) -> Path:
@@ -184,7 +184,7 @@ def check_destination(destination: Path) -> None:
     """Refuse an output that exists and is not an empty folder, unless a run has just given it its name."""
     if destination.is_dir():
         work = work_path(destination)
-        only_to_clean = (work / STATE).is_file() and not (work / CHECKPOINT).exists()
+        only_to_clean = work.is_dir() and not (work / CHECKPOINT).exists()
         if any(destination.iterdir()) and not only_to_clean:
             raise ValueError(f"{destination}: output folder is not empty; name another or empty it")
     elif destination.exists() or destination.is_symlink():
@@ -235,6 +235,13 @@ def _locked(folder: Path) -> int:
         except FileNotFoundError:  # the run that held it has just ended and removed the folder
             pass
         os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a work folder: what tells whose it is goes last."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == LOCK)):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -50,26 +50,29 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 def main() -> None:
     """Run the command line; the entry point `rosaq`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own options, not ours
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)  # not as KeyboardInterrupt, which the library of the command line ends without a word
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except (ValueError, MemoryError, NotImplementedError) as error:
         _say(str(error), error)
         sys.exit(1)
-    except KeyboardInterrupt as error:
-        _say("interrupted", error)
-        sys.exit(130)
-    except Terminated as error:
-        _say("terminated", error)
-        sys.exit(143)
+    except Stopped as error:
+        _say("interrupted" if error.number == signal.SIGINT else "terminated", error)
+        sys.exit(128 + error.number)
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
+class Stopped(BaseException):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        """Which signal."""
+        super().__init__()
+        self.number = number
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
 
 
 def _say(what: str, error: BaseException) -> None:
