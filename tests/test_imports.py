@@ -19,9 +19,10 @@ LEVELS = {
     "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
     "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 7,
     "rosaq.pipeline": 8,
-    "rosaq": 9,
-    "rosaq_cli": 10,
-    "rosaq.__main__": 11,
+    "rosaq.benchmark.quantizing": 9,
+    "rosaq": 10,
+    "rosaq_cli": 11,
+    "rosaq.__main__": 12,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
 SERVING = (

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def quantize(
     model: str | Source,
     output: str | Path,
     recipe: str | Recipe = "rosaq-int4",
-    calibration: Calibration | Statistics | None = None,
+    calibration: Calibration | Statistics | torch.Tensor | None = None,
     device: str = "auto",
     progress: Progress = no_progress,
     means: Means | None = None,
@@ -48,7 +48,7 @@ def quantize(
         output: folder to make; it must not exist, or be empty.
         recipe: a `Recipe`, the name of a shipped one, or a `.toml` file.
         calibration: which text, and how much of it; by default 128 windows of 2048 tokens of the Pile. Or the
-            statistics that `measure` made of it, to share them between recipes.
+            statistics that `measure` made of it, to share them between recipes; or token ids (S, T) themselves.
         device: "auto" (a CUDA GPU where there is one), "cpu", "cuda" or "cuda:N".
         progress: called as (stage, done, total).
         means: bound on the memory; whether to start over.
@@ -60,7 +60,7 @@ def quantize(
         ValueError: whatever is wrong with the model, the recipe, the text or the destination, or an earlier run with
             this output was another one; nothing is left behind under the output's name.
     """
-    device, means, calibration = resolve_device(device), means or Means(), calibration or Calibration()
+    device, means, calibration = resolve_device(device), means or Means(), Calibration() if calibration is None else calibration
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     destination, clock = Path(output).expanduser().absolute(), Clock(device)
     check_destination(destination)
@@ -103,7 +103,7 @@ def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Repo
             windows = calibration
             inputs, moment = measure_durably(run.source, windows, run.recipe, run.device, work, flow, run.progress)
     with run.clock("rotation"):
-        job = Job(run.source, run.recipe, run.plan, _residual_basis(run, moment), run.device)
+        job = Job(run.source, run.recipe, run.plan, _residual_basis(run, moment), run.device, run.clock)
     with run.clock("rounding"):
         report.resumed_blocks = _round_blocks(run, job, inputs, windows, results, flow)
         _round_tables(run, job, results)
@@ -136,6 +136,7 @@ class Job:
         plan: the recipe laid out over the model.
         basis: (D, D) of the residual stream where it is one for all, else None.
         device: where to compute.
+        clock: takes the time of "preparing", which is everything before the rounding itself.
     """
 
     source: Source
@@ -143,6 +144,7 @@ class Job:
     plan: Plan
     basis: torch.Tensor | None
     device: str
+    clock: Clock = field(default_factory=Clock)
 
 
 def _round_blocks(run: Run, job: Job, inputs: Sequence[BlockInputs], windows: torch.Tensor, results: Results, flow: Flow) -> int:
@@ -200,9 +202,10 @@ def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, mome
         moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
     """
     source, prefix = job.source, job.source.architecture.block_prefix(index)
-    exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
-    prepared = prepare_block(exact, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
-    turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
+    with job.clock("preparing"):
+        exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
+        prepared = prepare_block(exact, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
+        turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
     stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
     for norm, rotation in prepared.rotations.items():
         stored[f"{prefix}{norm}.rotation"] = rotation.half()

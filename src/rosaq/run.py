@@ -14,7 +14,7 @@ from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan
 from rosaq.recipe import Recipe
 from rosaq.source import Source
-from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
+from rosaq.statistics import Statistics, calibration_record, check_length, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
 from rosaq.workfolder import WorkFolder, tensors_hash
 
@@ -101,11 +101,15 @@ class Run:
         work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.rounding == "gptq")
         return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
 
-    def settings(self, calibration: Calibration | Statistics) -> tuple[dict[str, Any], torch.Tensor | None]:
+    def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""
         if isinstance(calibration, Statistics):
             magnitudes = {f"{i:05d}.{site}": kept.magnitude for i, block in enumerate(calibration.inputs) for site, kept in block.items()}
             return {**calibration.record, "statistics": tensors_hash(magnitudes)}, calibration.windows
+        if isinstance(calibration, torch.Tensor):
+            check_length(calibration.shape[1], self.source)
+            check_windows(calibration, self.source)
+            return calibration_record({"text": "token ids"}, calibration), calibration
         if calibration.text == "self":
             return calibration.to_dict(), None
         windows = None

@@ -17,6 +17,8 @@ from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.workfolder import WorkFolder
 
+SNAPSHOT_BLOCKS = 8  # blocks between two records of the residual stream's sum, which is large
+
 
 @dataclass
 class Statistics:
@@ -51,7 +53,7 @@ def measure(
     device = resolve_device(device)
     clock = clock or Clock(device)
     if isinstance(calibration, torch.Tensor):
-        windows, settings = calibration, {"text": "token ids"}
+        windows, settings = calibration, dict[str, Any](text="token ids")
         check_length(windows.shape[1], source)
     else:
         settings = calibration.to_dict()
@@ -97,7 +99,8 @@ def measure_durably(
 ) -> tuple[StoredInputs, torch.Tensor | None]:
     """Run the model over the windows, and keep what one recipe needs of every block in a work folder as it is done.
 
-    A run that ended goes on behind the last block that was kept; the blocks before it are run again, without their sums.
+    A run that ended goes on behind the last block whose sums were kept; the blocks before it are run again, without
+    sums, because their activations are not kept.
 
     Returns:
         What is kept of the blocks; and the moment (D, D) that the residual stream's basis is taken from, on the device
@@ -116,19 +119,22 @@ def measure_durably(
                     total.add(inputs)
                 with flow.clock("writing"):
                     sums = {} if total.total is None else {"total": total.total}  # never changed in place
-                    work.later(_keep, work, index, kept_inputs(inputs, recipe), sums)
+                    snapshot = not whole or (index + 1) % SNAPSHOT_BLOCKS == 0 or index + 1 == layers
+                    work.later(_keep, work, index, kept_inputs(inputs, recipe), sums if snapshot else None)
         with flow.clock("writing"):
             work.settle()
     flow.ranks.wait()
     return StoredInputs(work, layers), total.moment() if whole and flow.ranks.first else None
 
 
-def _keep(work: WorkFolder, index: int, inputs: BlockInputs, sums: dict[str, torch.Tensor]) -> None:
+def _keep(work: WorkFolder, index: int, inputs: BlockInputs, sums: dict[str, torch.Tensor] | None) -> None:
     """Make the records of one block: of its inputs, then of all sums up to it, in whose place those before can go."""
     tensors = {f"{site}.{part}": tensor for site, kept in inputs.items() for part, tensor in vars(kept).items() if tensor is not None}
     work.save(_inputs_record(index), tensors)
-    work.save(_measured_record(index), sums)
-    work.remove(_measured_record(index - 1))
+    if sums is not None:
+        work.save(_measured_record(index), sums)
+        for earlier in range(max(0, index - SNAPSHOT_BLOCKS), index):
+            work.remove(_measured_record(earlier))
 
 
 def _measured(work: WorkFolder, layers: int) -> int:

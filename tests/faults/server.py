@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import rosaq  # noqa: F401
+import rosaq.statistics
 from rosaq_cli.app import main
 
 OPERATIONS = ("fsync", "pwrite", "rename", "mkdir", "unlink", "rmdir", "posix_fallocate")
@@ -103,5 +103,6 @@ def serve(request):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    rosaq.statistics.SNAPSHOT_BLOCKS = 2  # so that a model of three blocks has one in its middle
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)
