@@ -246,3 +246,32 @@ def test_two_runs_do_not_share_an_output(rosaq, model, tmp_path):
     with (work(tmp_path / "out") / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ended(rosaq(*command(model, tmp_path / "out")), "another run is at work on this output")
+
+
+@pytest.mark.parametrize("recipe", [0, 1])
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # of three batches of tokens and three blocks: with 5, some have nothing to do
+def test_ranks_make_what_one_makes(rosaq, model, whole, tmp_path, ranks, recipe):
+    name = list(whole)[recipe]
+    done = rosaq(*command(model, tmp_path / "out", recipe=name), ranks=ranks)
+    assert done["codes"] == [0] * ranks, done["errors"]
+    assert content(tmp_path / "out") == whole[name][0] and not work(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_rank_that_dies_ends_the_run_which_goes_on(rosaq, model, whole, tmp_path, at):
+    """Rank 1 dies at its first or fourth disk operation, which are those of its block."""
+    recipe = list(whole)[1]
+    done = rosaq(*command(model, tmp_path / "out", recipe=recipe), ranks=2, rank=1, at=at, fault="SIGKILL")
+    assert done["codes"] == [1, -9]
+    assert "rank 0 of 2: another rank has ended" in done["errors"][0] and "--force" in done["errors"][0] and not (tmp_path / "out").exists()
+    done = rosaq(*command(model, tmp_path / "out", recipe=recipe), ranks=2)
+    assert done["codes"] == [0, 0] and content(tmp_path / "out") == whole[recipe][0]
+
+
+def test_a_rank_that_cannot_go_on_says_why(rosaq, copied, tmp_path):
+    shard = sorted(copied.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-200:] = b"\xff" * 200  # NaN in float32
+    shard.write_bytes(data)
+    done = rosaq(*command(copied, tmp_path / "out"), ranks=2)
+    assert done["codes"] == [1, 1] and all("holds NaN or Inf" in error for error in done["errors"])

@@ -71,7 +71,7 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
     else:
         widths = [a.width(site) for site in SITES] if second_pass else [a.hidden, a.hidden]
         moments = sum(width**2 for width in widths) * 12 + (max(widths) ** 2 * 32 if second_pass else 0)
-        batch = tokens[1] * (8 * a.hidden + 4 * a.intermediate) * itemsize
+        batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
         blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
         host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 3)
     return Work(host, tokens[0] * a.hidden * itemsize)

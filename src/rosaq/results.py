@@ -19,6 +19,7 @@ def checkpoint_parts(source: Source, plan: Plan) -> Parts:
     Raises:
         ValueError: a tensor of a block is missing or unknown, or some blocks have a bias that others have not; names it.
     """
+    source.check_names()
     parts: Parts = {}
     for index in range(source.architecture.layers):
         prefix = source.architecture.block_prefix(index)

@@ -74,7 +74,11 @@ class BlockRunner:
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
         """Block `index` with these weights, on the device and in the type, by their names in the block."""
         block = self._blocks[index]
-        block.load_state_dict(tensors, assign=True)
+        try:
+            block.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            told = " ".join(str(error).split("\n\t")[-1].split())
+            raise ValueError(f"decoder block {index}: config.json and the tensors do not fit together: {told}") from error
         return block
 
     def run(self, index: int, x_BTD: torch.Tensor) -> torch.Tensor:

@@ -139,6 +139,18 @@ class Source:
         self.check_finite(tensors)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
+    def check_names(self) -> None:
+        """Refuse tensors that a model of these sizes does not have, such as blocks behind the last one.
+
+        Raises:
+            ValueError: there is one; names it.
+        """
+        known = {f"{module}.weight" for module in (EMBEDDING, FINAL_NORM, HEAD)}
+        for name in self.tensors:
+            block = re.match(r"model\.layers\.(\d+)\.", name)
+            if name not in known and (block is None or str(int(block[1])) != block[1] or int(block[1]) >= self.architecture.layers):
+                raise ValueError(f"{self.name}: tensor {name!r} has no place in a model of {self.architecture.layers} blocks")
+
     def identity(self) -> dict[str, Any]:
         """What tells this model from another: a hash of its config; name, size and time of every file."""
         files = {file.name: f"{file.stat().st_size} bytes, changed {file.stat().st_mtime_ns}" for file in self.files}
@@ -196,20 +208,24 @@ def _open_folder(folder: Path, name: str) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so this is not a model folder")
     raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{name}: already quantized ({raw['quantization_config'].get('quant_method')}); give the original model")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"{name}: already quantized ({method}); give the original model")
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so this is not a transformers model")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, by what is wrong
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
     architecture = Architecture.of(config, name)
     tensors = SafetensorsFolder(folder)
     place = tensors.places.get(f"{EMBEDDING}.weight")
     dtype = torch.float16 if place is None else place.dtype
     has_generation = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
+    except Exception as error:
+        raise ValueError(f"{folder / 'generation_config.json'}: transformers cannot read it: {_first_line(error)}") from error
     return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation, tuple(tensors.files), _stored(dtype) == dtype)
 
 
@@ -242,5 +258,9 @@ def _tokenizer(folder: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
