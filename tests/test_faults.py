@@ -152,12 +152,6 @@ def test_full_disk(rosaq, model, whole, tmp_path, file_bytes):
     assert rosaq(*command(model, tmp_path / "out"))["codes"] == [0] and content(tmp_path / "out") == wanted
 
 
-def test_activations_on_a_full_disk(rosaq, model, tmp_path, whole):
-    limit = ["--max-memory", "4GiB"]
-    assert rosaq(*command(model, tmp_path / "out", *limit))["codes"] == [0]
-    assert content(tmp_path / "out") == whole["rosaq-paper"][0]
-
-
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_source_cut_short_while_it_is_read(rosaq, copied, model, whole, tmp_path, share):
     """The last shard is cut short half way; put back as it was, the run goes on; changed, it is refused."""

@@ -47,6 +47,22 @@ def test_places_give_the_same_sums(saved, tmp_path):
             assert all(a is b is None or torch.equal(a, b) for a, b in ((one.moment, other.moment), (one.sample, other.sample)))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_places_give_the_same_checkpoint(saved, tmp_path, monkeypatch, rounding):
+    source, ids = open_source(str(saved("llama"))), torch.arange(160).remainder(90).view(5, 32)
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4, rounding=rounding)
+    for place in PLACES:
+        monkeypatch.setattr("rosaq.run.place_activations", lambda *_, place=place: place)
+        assert quantize(source, tmp_path / place, recipe, ids, "cpu").activations == place
+    assert len({(tmp_path / place / "model.safetensors").read_bytes() for place in PLACES}) == 1
+
+
+def test_activations_on_a_full_disk_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b", buffering=0))
+    with Activations((2, 3, 4), torch.float32, "cpu", "disk", tmp_path) as kept, pytest.raises(ValueError, match="No space left on device"):
+        kept.write(slice(0, 2), torch.zeros(2, 3, 4))
+
+
 def test_places_follow_the_bound():
     work = Work(host=2**30, activations=2**30)
     have = resident_bytes()

@@ -83,7 +83,7 @@ class Architecture:
         if family.causal_lm not in classes:
             raise ValueError(f"{name}: architecture {classes[0]!r} is not a causal language model; known are {known}")
         head_size = getattr(config, "head_dim", None)
-        if not head_size:
+        if head_size is None:
             heads = config.num_attention_heads
             if type(heads) is not int or type(config.hidden_size) is not int or heads < 1:
                 raise ValueError(

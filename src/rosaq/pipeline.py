@@ -26,7 +26,7 @@ from rosaq.source import Source, open_source
 from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably
 from rosaq.workfolder import WorkFolder, check_destination
 
-ROWS = 1 << 15  # rows of a vocabulary table that are rotated and rounded at a time
+ROWS = 1 << 12  # rows of a vocabulary table that are rotated and rounded at a time
 
 
 def quantize(

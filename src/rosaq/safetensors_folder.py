@@ -50,6 +50,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index}: weight_map is a {type(weight_map).__name__}, not an object")
             self.files = sorted({safe_member(folder, name) for name in weight_map.values()})
+        elif (folder / "model.safetensors").is_file():
+            self.files = [folder / "model.safetensors"]
         else:
             self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:

@@ -22,6 +22,7 @@ from rosaq.gguf_file import GgufTensors
 from rosaq.safetensors_folder import SafetensorsFolder, read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+HUB_SECOND_COPIES = ["consolidated*", "original/*"]  # of the weights, as their publisher's own code reads them
 READERS = 4  # threads that read the tensors of the next block
 
 
@@ -199,7 +200,7 @@ def open_source(model: str) -> Source:
 
 def _download(repository: str) -> Path:
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=HUB_SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{repository}: not a local path, and the hub did not give it: {str(error).splitlines()[0]}") from error
 
