@@ -58,7 +58,7 @@ def test_places_give_the_same_checkpoint(saved, tmp_path, monkeypatch, rounding)
 
 
 def test_activations_on_a_full_disk_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b", buffering=0))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
     with Activations((2, 3, 4), torch.float32, "cpu", "disk", tmp_path) as kept, pytest.raises(ValueError, match="No space left on device"):
         kept.write(slice(0, 2), torch.zeros(2, 3, 4))
 

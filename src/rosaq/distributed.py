@@ -107,7 +107,5 @@ def joined(device: str) -> Iterator[str]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=PATIENCE)
-    try:
-        yield device
-    finally:
-        distributed.destroy_process_group()
+    yield device
+    distributed.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one to end

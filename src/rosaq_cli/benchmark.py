@@ -46,6 +46,7 @@ def quantize(
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, of random tokens.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
+    warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Host memory to stay under, such as 8GiB.", show_default="what is free")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -62,7 +63,7 @@ def quantize(
     from rosaq.run import Means
 
     chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head)
-    case, means = Case(shape, blocks, samples, seq_len), Means(None if max_memory is None else parse_size(max_memory))
+    case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
     with joined(device) as own_device:
         first = current_ranks().first
         with stage_bars(json_output or not first) as progress:
@@ -78,7 +79,9 @@ def _show_stages(figures: dict[str, Any]) -> None:
     rows = [[stage, f"{time:.2f}", f"{100 * time / sum(seconds.values()):.1f} %", f"{all_blocks[stage]:.1f}"] for stage, time in seconds.items()]
     rows.append(["in all", f"{sum(seconds.values()):.2f}", "", f"{sum(all_blocks.values()):.1f}"])
     part, whole = figures["blocks"], figures["blocks_of_model"]
-    title = f"{figures['shape']}, {part} of {whole} blocks, {report['recipe']['name']}, {figures['tokens'][0]} x {figures['tokens'][1]} tokens"
+    cached = "cached" if figures["warm"] else "not cached"
+    tokens = f"{figures['tokens'][0]} x {figures['tokens'][1]} tokens"
+    title = f"{figures['shape']}, {part} of {whole} blocks, {report['recipe']['name']}, {tokens}, files {cached}"
     column = f"s, all {whole} blocks" + (", extrapolated" if part < whole else "")
     show_table(f"{title}; {figures['ranks']} x {figures['hardware']}", ["stage", "s", "share", column], rows)
     peaks = [["device", report["peak_device_bytes"]], ["host", report["peak_host_bytes"]]]

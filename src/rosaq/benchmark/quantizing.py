@@ -59,12 +59,16 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a shape by name, how many of its blocks (None: all), calibration windows and tokens of each."""
+    """What is timed: a shape by name, how many of its blocks (None: all), calibration windows and tokens of each.
+
+    Unless it is warm, the operating system forgets the model's files first, so that they come from the disk.
+    """
 
     shape: str
     blocks: int | None = None
     samples: int = 128
     seq_len: int = 2048
+    warm: bool = False
 
 
 def make_model(shape: Shape, layers: int, folder: Path, device: str, progress: Progress = no_progress) -> None:
@@ -137,7 +141,8 @@ def benchmark_quantize(case: Case, folder: Path, recipe: Recipe, device: str, me
     model, output = folder / f"{name}-{layers}", folder / f"{name}-{layers}-quantized"
     if ranks.first:
         make_model(shape, layers, model, device, progress)
-        drop_from_cache(model)
+        if not case.warm:
+            drop_from_cache(model)
         if output.exists():
             shutil.rmtree(output)
     ranks.wait()
@@ -154,6 +159,7 @@ def benchmark_quantize(case: Case, folder: Path, recipe: Recipe, device: str, me
         "blocks_of_model": shape.layers,
         "ranks": ranks.count,
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU",
+        "warm": case.warm,
         "tokens": [case.samples, case.seq_len],
         "report": vars(report),
         "seconds_of_all_blocks": {stage: time * (1 if stage in ONCE else shape.layers / layers) for stage, time in report.seconds.items()},
