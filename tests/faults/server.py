@@ -88,6 +88,7 @@ def serve(request):
         folder, children = Path(name), []
         for rank in range(request.get("ranks", 1)):
             (folder / f"count{rank}").write_text("0")
+            (folder / f"err{rank}").write_text("")  # a child that is killed at once makes none
             pid = os.fork()
             if not pid:
                 child(request, rank, folder, port)
@@ -98,7 +99,7 @@ def serve(request):
                 os.kill(pid, signal.SIGKILL)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
         errors = [(folder / f"err{rank}").read_text() for rank in range(len(children))]
-        return {"codes": codes, "errors": errors, "operations": [int((folder / f"count{rank}").read_text()) for rank in range(len(children))]}
+        return {"codes": codes, "errors": errors, "operations": [int((folder / f"count{rank}").read_text() or 0) for rank in range(len(children))]}
 
 
 if __name__ == "__main__":
