@@ -120,9 +120,11 @@ def test_killed_at_any_moment_the_same_command_goes_on(rosaq, model, whole, tmp_
 @pytest.mark.parametrize("number", range(4))
 def test_killed_by_the_clock(rosaq, model, whole, tmp_path, number):
     recipe = list(whole)[number % 2]
-    rosaq(*command(model, tmp_path / "out", recipe=recipe), after=random.Random(number).uniform(0.05, 0.8))
-    done = rosaq(*command(model, tmp_path / "out", recipe=recipe))
-    assert done["codes"] == [0] and content(tmp_path / "out") == whole[recipe][0]
+    first = rosaq(*command(model, tmp_path / "out", recipe=recipe), after=random.Random(number).uniform(0.05, 0.8))
+    if first["codes"] != [0]:  # on a fast machine it may be done by then
+        done = rosaq(*command(model, tmp_path / "out", recipe=recipe))
+        assert done["codes"] == [0], done["errors"]
+    assert content(tmp_path / "out") == whole[recipe][0]
 
 
 @pytest.mark.parametrize(("signal", "code"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -73,7 +73,7 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         moments = sum(width**2 for width in widths) * 12 + (max(widths) ** 2 * 32 if second_pass else 0)
         batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
         blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
-        host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 3)
+        host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
     return Work(host, tokens[0] * a.hidden * itemsize)
 
 
