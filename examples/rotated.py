@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 import rosaq
-from rosaq.basis import prepare_block, residual_moment
+from rosaq.basis import Bases, prepare_block, residual_basis
 from rosaq.clock import no_progress
 from rosaq.device import resolve_device
 from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
 from rosaq.plan import make_plan
-from rosaq.rotation import principal_basis
 from rosaq.skeleton import full_model
 
 
@@ -35,8 +34,8 @@ def main() -> None:
     windows = text_windows(read_wikitext2(Path(arguments.data)), source.tokenizer)[: arguments.limit]
     statistics = rosaq.measure(source, rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), device)
     recipe = rosaq.load_recipe("rosaq-paper").replace(salient=1, salient_per_head=1, down_scaling="none")
-    down = make_plan(recipe, source.architecture).linears["down"]
-    basis = principal_basis(residual_moment(statistics.inputs).to(device))[0]
+    layouts = make_plan(recipe, source.architecture).linears
+    basis = residual_basis(statistics.residual_moment().to(device), recipe)
     print(f"original {perplexity(full_model(source, torch.float32, device), windows, no_progress).perplexity:.4f}")
 
     config = copy.deepcopy(source.config)
@@ -49,7 +48,7 @@ def main() -> None:
     }
     for index, inputs in enumerate(statistics.inputs):
         block = {name: tensor.to(device, torch.float32) for name, tensor in source.block(index).items()}
-        rotated = prepare_block(block, inputs, recipe, source.architecture, basis, down).block
+        rotated = prepare_block(block, inputs, recipe, source.architecture, Bases(basis), layouts).block
         state.update({source.architecture.block_prefix(index) + name: tensor for name, tensor in rotated.items()})
     model.load_state_dict({name: tensor.half().float() for name, tensor in state.items()})
     print(f"rotated, FP16 weights {perplexity(model, windows, no_progress).perplexity:.4f}")

@@ -6,11 +6,10 @@ import torch
 from conftest import random_model, tokenizer
 from rosaq import Calibration, load_recipe, measure, open_source
 from rosaq.architecture import LINEARS, SITES
-from rosaq.basis import prepare_block, residual_moment
+from rosaq.basis import Bases, prepare_block, residual_basis
 from rosaq.calibration import read_documents, token_windows, windows_hash
 from rosaq.moments import collect_moments
 from rosaq.plan import make_plan
-from rosaq.rotation import principal_basis
 from rosaq.skeleton import full_model
 
 
@@ -90,13 +89,13 @@ def test_whole_moments_turn_with_the_block(family, saved):
         recipe = load_recipe(name)
         recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
         plan = make_plan(recipe, source.architecture)
-        basis = principal_basis(residual_moment(statistics.inputs))[0] if recipe.rotation == "global" else None
+        basis = residual_basis(statistics.residual_moment(), recipe) if recipe.rotation == "global" else None
         model = full_model(source, torch.float32)
         if basis is not None:
             model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())
         seen, prepared = {}, []
         for index, layer in enumerate(model.model.layers):
-            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, basis, plan.linears["down"]))
+            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears))
             layer.load_state_dict(prepared[-1].block)
             for norm, rotation in prepared[-1].rotations.items():
                 layer.get_submodule(norm).register_forward_hook(lambda _, x, y, rotation=rotation: y @ rotation.float())

@@ -5,7 +5,9 @@ import torch
 
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
-from rosaq.rounding.linear import quantize_linear
+from rosaq.rounding.linear import NEAREST, Rounding, quantize_linear, quantize_stacked
+
+GPTQ, ACT_ORDER = Rounding(gptq=True), Rounding(gptq=True, act_order=True)
 
 
 def correlated(tokens, width, seed=0):
@@ -15,18 +17,19 @@ def correlated(tokens, width, seed=0):
     return shared + 0.3 * torch.randn(tokens, width, generator=generator)
 
 
-def output_error(weight, layout, x, moment):
-    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment))
+def output_error(weight, layout, x, moment, rounding=GPTQ):
+    got = dequantize(layout, quantize_linear(weight, layout, None, moment, NEAREST if moment is None else rounding))
     return float((x @ (got - weight).T).square().sum())
 
 
 @pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("rounding", [GPTQ, ACT_ORDER])
 @pytest.mark.parametrize(("blocks", "salient", "salient_bits"), [(1, 0, 16), (1, 16, 16), (4, 4, 16), (1, 16, 8)])
-def test_output_error_is_less_than_half_of_rounding_to_nearest(bits, blocks, salient, salient_bits):
+def test_output_error_is_less_than_half_of_rounding_to_nearest(bits, rounding, blocks, salient, salient_bits):
     layout = LinearLayout(24, 128, bits, 32, blocks, salient, salient_bits)
     weight, x = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)), correlated(1000, 128)
     moment = x.T @ x / len(x)
-    assert output_error(weight, layout, x, moment) < 0.5 * output_error(weight, layout, x, None)
+    assert output_error(weight, layout, x, moment, rounding) < 0.5 * output_error(weight, layout, x, None)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_make_up():
@@ -34,8 +37,10 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up():
     layout = LinearLayout(8, 64, 4, 32, salient=16)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     moment = torch.diag(torch.linspace(0.1, 5, 64))
-    ours, nearest = quantize_linear(weight, layout, moment_KK=moment), quantize_linear(weight, layout)
-    assert all(torch.equal(ours[name], nearest[name]) for name in nearest)
+    nearest = quantize_linear(weight, layout)
+    for rounding in (GPTQ, ACT_ORDER):
+        ours = quantize_linear(weight, layout, moment_KK=moment, rounding=rounding)
+        assert all(torch.equal(ours[name], nearest[name]) for name in nearest)
 
 
 def test_salient_channels_are_the_least_squares_fit():
@@ -43,7 +48,7 @@ def test_salient_channels_are_the_least_squares_fit():
     layout = LinearLayout(6, 64, 3, 16, salient=16)
     weight, x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), correlated(2000, 64).double()
     moment = x.T @ x / len(x)
-    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment)).double()
+    got = dequantize(layout, quantize_linear(weight, layout, moment_KK=moment, rounding=GPTQ)).double()
     rest = x @ weight.T.double() - x[:, 16:] @ got[:, 16:].T
     best = torch.linalg.lstsq(x[:, :16], rest).solution.T
     assert float((got[:, :16] - best).norm() / best.norm()) < 0.05
@@ -52,13 +57,13 @@ def test_salient_channels_are_the_least_squares_fit():
 
 def test_a_moment_that_is_none_is_refused():
     with pytest.raises(ValueError, match="not positive definite"):
-        quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32))
+        quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32), rounding=GPTQ)
 
 
 def test_channels_that_never_fire_are_no_trouble():
     x = correlated(500, 64)
     x[:, 5] = 0
-    stored = quantize_linear(torch.randn(4, 64), LinearLayout(4, 64, 4, 32), moment_KK=x.T @ x)
+    stored = quantize_linear(torch.randn(4, 64), LinearLayout(4, 64, 4, 32), moment_KK=x.T @ x, rounding=GPTQ)
     assert torch.isfinite(dequantize(LinearLayout(4, 64, 4, 32), stored)).all()
 
 
@@ -66,6 +71,36 @@ def test_an_order_of_channels_is_an_order_of_the_moment_too():
     ordered, plain = (LinearLayout(4, 64, 4, 16, salient=16, ordered=flag) for flag in (True, False))
     weight, x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), correlated(500, 64)
     order, moment = torch.randperm(64, generator=torch.Generator().manual_seed(2)), x.T @ x / len(x)
-    with_order = quantize_linear(weight, ordered, order, moment)
-    before = quantize_linear(weight[:, order], plain, moment_KK=moment[order][:, order])
+    with_order = quantize_linear(weight, ordered, order, moment, GPTQ)
+    before = quantize_linear(weight[:, order], plain, moment_KK=moment[order][:, order], rounding=GPTQ)
     assert all(torch.equal(with_order[name], before[name]) for name in before)
+
+
+def test_act_order_helps_where_late_channels_carry_most():
+    """Channels of growing energy: rounded last, the large ones find nothing left that makes up for their error."""
+    layout, x = LinearLayout(64, 128, 3, 32), correlated(2000, 128) * torch.logspace(-1, 1, 128)
+    moment, weight = x.T @ x / len(x), torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    plain, ordered = (output_error(weight, layout, x, moment, rounding) for rounding in (GPTQ, ACT_ORDER))
+    assert ordered < 0.5 * plain
+
+
+def test_act_order_keeps_the_layout_plain():
+    """The grids are those of rounding to nearest, group by group of consecutive channels, and no order is stored."""
+    layout, x = LinearLayout(8, 64, 4, 16, salient=16), correlated(500, 64)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    ours, nearest = quantize_linear(weight, layout, None, x.T @ x, ACT_ORDER), quantize_linear(weight, layout)
+    assert ours.keys() == nearest.keys() and "order" not in ours
+    assert torch.equal(ours["scales"], nearest["scales"]) and torch.equal(ours["zeros"], nearest["zeros"])
+    assert not torch.equal(ours["qweight"], nearest["qweight"])
+
+
+@pytest.mark.parametrize("rounding", [NEAREST, GPTQ, ACT_ORDER, Rounding(clipped=True)])
+def test_layers_rounded_together_are_as_if_alone(rounding):
+    layouts, x = [LinearLayout(n, 64, 4, 16, salient=16) for n in (8, 24)], correlated(500, 64)
+    weights = [torch.randn(form.out_features, 64, generator=torch.Generator().manual_seed(form.out_features)) for form in layouts]
+    together = quantize_stacked(weights, layouts, None, x.T @ x, rounding)
+    for weight, layout, ours in zip(weights, layouts, together, strict=True):
+        alone = quantize_linear(weight, layout, None, x.T @ x, rounding)
+        assert torch.equal(ours["scales"], alone["scales"])
+        got, wanted = dequantize(layout, ours), dequantize(layout, alone)
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-3

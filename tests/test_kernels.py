@@ -1,7 +1,12 @@
 """The CPU kernels agree with the reference; the choice among kernels says why; `RosaqLinear` keeps the checkpoint's form."""
 
 import copy
+import importlib.util
 import io
+import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,7 +67,7 @@ def test_choice_follows_type_and_device_and_names_every_reason() -> None:
     layout, device = LAYOUTS["plain"], torch.device("cpu")
     assert kernels.choose(layout, device, torch.bfloat16) is cpu
     assert kernels.choose(layout, device, torch.float32) is dequantized
-    assert kernels.reasons(layout, device, torch.float32).keys() == {"cuda", "cpu", "dequantized"}
+    assert kernels.reasons(layout, device, torch.float32).keys() == {"cuda", "triton", "cpu", "dequantized"}
     with pytest.raises(ValueError, match=r"cuda: the device is cpu.*cpu: activations are torch.float32"):
         kernels.choose(layout, device, torch.float32, ["cuda", "cpu"])
     with pytest.raises(ValueError, match="unknown kernels"):
@@ -165,6 +170,48 @@ def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
         channel = 64 * unit + 16 * step + 8 * (pair >> 1) + 2 * t + e
         code = (int(words[unit, lane, step]) >> (4 * pair + 16 * e)) & 15
         assert code == int(codes[g + 8 * (pair & 1), channel])
+
+
+def test_three_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
+    layout = LinearLayout(16, 128, 3, 128)
+    tensors = random_tensors(layout, "cpu")
+    form, _, runs = stream.plan(layout)
+    flat = stream.repack(layout, tensors, form, runs, torch.float16)[0, : form.code_bytes].contiguous().view(torch.int32)
+    words = torch.cat((flat[:128].view(32, 4), flat[128:].view(32, 2)), dim=1).view(32, 2, 3).tolist()  # planes of four words and of two
+    codes = reference.unpack(tensors["qweight"], 3, 128)
+    places = {pair: (word, 3 * at) for word, held in enumerate(stream.THREE_BIT_PAIRS) for at, pair in enumerate(held)}
+    for unit, lane, pair, e in itertools.product(range(2), range(32), range(16), range(2)):
+        (g, t), (step, p) = divmod(lane, 4), divmod(pair, 4)
+        if pair < 15:
+            word, bit = places[pair]
+            code = (words[lane][unit][word] >> (bit + 16 * e)) & 7
+        else:
+            code = sum(((words[lane][unit][k] >> (15 + 16 * e)) & 1) << k for k in range(3))
+        assert code == int(codes[g + 8 * (p & 1), 64 * unit + 16 * step + 8 * (p >> 1) + 2 * t + e])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_kernel_agrees_in_triton_s_interpreter() -> None:
+    """In a process of its own, since Triton reads the variable when it is imported. Its interpreter has no bfloat16 products."""
+    program = """
+import torch
+from rosaq.benchmark.kernels import random_tensors
+from rosaq.kernels import choose, portable, reference
+from rosaq.layout import LinearLayout
+for layout in (
+    LinearLayout(36, 160, 3, 64, blocks=2, salient=16, bias=True), LinearLayout(33, 96, 4, 32, salient=32, salient_bits=8, ordered=True),
+):
+    tensors = random_tensors(layout, "cpu")
+    assert choose(layout, torch.device("cpu"), torch.float16, ("triton",)) is portable
+    prepared = portable.prepare(layout, tensors, torch.float16)
+    for tokens in (0, 17):
+        x = torch.randn(tokens, 2 * layout.in_features).half()[:, ::2]
+        y, expected = portable.run(x, prepared), reference.matmul(x.double(), layout, tensors)
+        assert y.shape == expected.shape and bool((y.double() - expected).norm() <= 2e-3 * expected.norm()), layout
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_library_names_change_with_the_sources_and_constants() -> None:

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import random_model, tokenizer
 from rosaq import Calibration, Recipe, load_recipe, measure, open_source, quantize, shipped_recipes
 from rosaq.architecture import LINEARS
-from rosaq.basis import prepare_block, residual_moment
+from rosaq.basis import Bases, prepare_block, residual_basis
 from rosaq.checkpoint import verify
 from rosaq.plan import make_plan
-from rosaq.rotation import principal_basis
 from rosaq.rounding.grid import round_to_nearest
 from rosaq.skeleton import full_model
 
@@ -27,7 +26,8 @@ def small(name, **changes):
     recipe = load_recipe(name)
     sizes = SMALL if recipe.salient else dict(group_size=16)
     sizes = {**sizes, "salient_down": 16} if recipe.salient_down else sizes
-    return recipe.replace(**{**sizes, **changes})
+    steps = dict(learning_steps=2) if recipe.learning_steps else {}
+    return recipe.replace(**{**sizes, **steps, **changes})
 
 
 def logits(model):
@@ -72,14 +72,14 @@ def test_packed_model_equals_the_rounded_one(bits, family, saved, calibration, t
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
     plan = make_plan(recipe, source.architecture)
-    basis = principal_basis(residual_moment(statistics.inputs))[0]
+    basis = residual_basis(statistics.residual_moment(), recipe)
     rounded = full_model(source, torch.float32)
     head = (rounded.lm_head.weight * rounded.model.norm.weight) @ basis.float()
     rounded.model.embed_tokens.weight = torch.nn.Parameter(rounded.model.embed_tokens.weight @ basis.float())
     rounded.lm_head.weight = torch.nn.Parameter(head)
     rounded.model.norm.weight = torch.nn.Parameter(torch.ones(source.architecture.hidden))
     for index, layer in enumerate(rounded.model.layers):
-        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, basis, plan.linears["down"])
+        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears)
         for role, module in LINEARS.items():
             layout, weight = plan.linears[role], prepared.block[f"{module}.weight"].clone()
             columns = layout.quantized_columns()
@@ -135,10 +135,11 @@ def test_widths_that_no_group_divides(width, saved, calibration, tmp_path):
     assert relative(logits(loaded), logits(reference)) < 0.25
 
 
-def test_the_same_command_gives_the_same_bytes(saved, calibration, tmp_path):
+@pytest.mark.parametrize("recipe", ["rosaq-paper", "rosaq-random", "awq", "gptq-act-order"])
+def test_the_same_command_gives_the_same_bytes(recipe, saved, calibration, tmp_path):
     original = saved("llama")
     for name in ("a", "b"):
-        quantize(str(original), tmp_path / name, small("rosaq-paper"), calibration, "cpu")
+        quantize(str(original), tmp_path / name, small(recipe), calibration, "cpu")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

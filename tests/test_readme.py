@@ -32,7 +32,7 @@ def options():
     """Options of each rosaq command, from its help."""
     found = {}
     environment = {"COLUMNS": "200", "PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    for command in ("quantize", "evaluate", "generate", "verify", "recipes"):
+    for command in ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
         help_text = subprocess.run([sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
     return found
@@ -80,14 +80,30 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "grid.py",
         "gptq.py",
         "scaling.py",
+        "clipping.py",
         "transformers.py",
         "loading.py",
+        "dense.py",
         "vllm.py",
         "vllm_layers.py",
         "shards.py",
         "perplexity.py",
         "quantizing.py",
+        "zeroshot.py",
+        "tasks.py",
+        "likelihood.py",
         "kernels.py",
+        "experiment.py",
+        "measures.py",
+        "worker.py",
+        "table.py",
+        "published.py",
+        "observation.py",
+        "channels.py",
+        "errors.py",
+        "report.py",
+        "plots.py",
+        "page.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

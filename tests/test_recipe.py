@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosaq.architecture import FAMILIES, Architecture
+from rosaq.architecture import LLAMA2_7B
 from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe, shipped_recipes
-
-LLAMA2_7B = Architecture(FAMILIES["llama"], 4096, 11008, 32, 32, 32, 128, 32000, False, 4096)
 
 
 def test_shipped_recipes_load_and_describe_themselves():
@@ -27,11 +25,30 @@ def test_shipped_recipes_load_and_describe_themselves():
         (dict(bits=5), r"bits is 5; allowed are \(3, 4\)"),
         (dict(bits="4"), "bits is '4'; it must be of type int"),
         (dict(bits=True), "bits is True; it must be of type int"),
-        (dict(rotation="random"), "rotation is 'random'; allowed are"),
+        (dict(rotation="wild"), "rotation is 'wild'; allowed are"),
         (dict(salient=-1), "salient is -1; it must be 0 or more"),
         (dict(group_size=100), "group_size is 100; it must be a multiple of 16"),
         (dict(rotation="none"), "selection by eigenvalue needs a rotation"),
+        (dict(rotation="none", selection="bottom"), "selection by bottom needs a rotation"),
+        (dict(rotation="per-layer", scaling="awq"), "a rotation at run time keeps from it"),
+        (dict(head_rotation="concatenated", scaling="awq"), "a rotation at run time keeps from it"),
+        (dict(act_order=True), "it needs rounding 'gptq'"),
+        (dict(act_order=1), "act_order is 1; it must be of type bool"),
+        (dict(seed=-1), "seed is -1; it must be 0 or more"),
         (dict(selection="magnitude"), "selection by magnitude is made in the model's own basis"),
+        (dict(rotation="random"), "selection by eigenvalue needs a rotation 'global' or 'per-layer'; rotation is 'random'"),
+        (dict(head_rotation="hadamard"), "no channel of head_rotation 'hadamard' is salient"),
+        (dict(head_rotation="learned", salient_per_head=0), "head_rotation 'learned' needs rotation 'learned'"),
+        (dict(rotation="learned", salient=0), "salient channels must be 0"),
+        (dict(rotation="learned", salient=0, salient_per_head=0), "not 'head-wise'"),
+        (
+            dict(rotation="learned", head_rotation="none", salient=0, salient_per_head=0),
+            "learning_steps is 0 and learning_rate 0.0; both must be above 0",
+        ),
+        (dict(learning_steps=10), "both must be above 0 for rotation 'learned'"),
+        (dict(learning_rate=1), "learning_rate is 1; it must be of type float"),
+        (dict(down_rotation="hadamard"), "down_rotation 'hadamard' mixes all channels"),
+        (dict(down_rotation="hadamard", down_scaling="none", salient_down=16), "down_rotation 'hadamard' mixes all channels"),
     ],
 )
 def test_impossible_recipes_are_refused(change, message):
@@ -61,7 +78,7 @@ def test_bits_per_weight_by_hand():
     sizes = (3 * 4096**2 + 2 * 11008 * 4096, 4096**2, 11008 * 4096)
     wanted = (residual * sizes[0] + attention * sizes[1] + down * sizes[2]) / sum(sizes)
     assert make_plan(load_recipe("rosaq-paper"), LLAMA2_7B).bits_per_weight == pytest.approx(wanted, rel=1e-12)
-    assert round(wanted, 2) == 4.66  # what the recipe's file says
+    assert round(wanted, 2) == 4.66
 
 
 def test_a_rotation_per_layer_pays_for_itself():
@@ -69,6 +86,18 @@ def test_a_rotation_per_layer_pays_for_itself():
     block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].linears.values())
     extra = plans["rosaq-paper-per-layer"].bits_per_weight - plans["rosaq-paper"].bits_per_weight
     assert extra == pytest.approx(2 * 16 * 4096**2 / block)
+
+
+def test_a_rotation_across_heads_pays_for_itself():
+    head_wise, across = (make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-heads-concatenated"))
+    assert across.linears["o"].salient == 32 * 32 and across.linears["o"].blocks == 1
+    assert across.bits_per_weight > head_wise.bits_per_weight + 0.9 * 16 * 4096**2 / (4 * 4096**2 + 3 * 4096 * 11008)
+
+
+def test_baselines_spend_the_same_bits():
+    """RTN, GPTQ and AWQ store 4 bits and, per 128 channels, an FP16 scale and a 4-bit zero point; nothing else."""
+    for name in ("rtn", "gptq", "gptq-act-order", "awq"):
+        assert make_plan(load_recipe(name), LLAMA2_7B).bits_per_weight == 4 + 20 / 128
 
 
 def test_tied_tables():

@@ -7,6 +7,9 @@ import torch
 
 from conftest import random_model
 from rosaq.architecture import LINEARS, SITES, Architecture
+from rosaq.basis import draw_bases
+from rosaq.hadamard import hadamard_transform, has_hadamard
+from rosaq.recipe import Recipe
 from rosaq.rotation import (
     absorb_heads,
     absorb_inputs,
@@ -14,6 +17,8 @@ from rosaq.rotation import (
     fold_norms,
     permute_feed_forward,
     principal_basis,
+    random_bases,
+    rotate_down,
     scale_feed_forward,
 )
 
@@ -72,6 +77,28 @@ def test_head_bases_are_exact(model):
     a = Architecture.of(model.config)
     bases = orthogonal(a.kv_heads, a.head_size, a.head_size)
     assert relative_error(model, change_blocks(model, lambda block: absorb_heads(block, bases, a))) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random"])
+def test_drawn_bases_are_exact(model, kind):
+    a = Architecture.of(model.config)
+    recipe = Recipe("x", rotation=kind, head_rotation=kind, salient=0, salient_per_head=0, seed=5)
+    residual, heads = draw_bases(recipe, a)
+    rotated = rotate_all(model, residual)
+    for layer, bases in zip(rotated.model.layers, heads, strict=True):
+        layer.load_state_dict(absorb_heads(dict(layer.state_dict()), bases, a))
+    assert float((rotated.model.layers[0].self_attn.o_proj.weight - model.model.layers[0].self_attn.o_proj.weight).norm()) > 1
+    assert relative_error(model, rotated) < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [80, 96, 112])
+def test_online_hadamard_product_is_exact(family, width):
+    model = random_model(family, intermediate_size=width).double()
+    changed = change_blocks(model, rotate_down)
+    assert relative_error(model, changed) > 0.1
+    for layer in changed.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: (hadamard_transform(x[0]),))
+    assert relative_error(model, changed) < TOLERANCE
 
 
 def test_feed_forward_scale_is_exact(model):
@@ -139,3 +166,25 @@ def test_principal_basis_takes_batches_of_heads():
     bases, values = principal_basis(moments)
     assert torch.equal(values, torch.tensor([[5.0, 3.0, 1.0], [7.0, 4.0, 2.0]], dtype=torch.float64))
     assert bases[0].argmax(0).tolist() == [1, 2, 0] and bases[1].argmax(0).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "random"])
+@pytest.mark.parametrize("size", [10, 16, 90, 576])
+def test_random_bases_are_orthogonal_and_seeded(kind, size):
+    def draw(seed):
+        return random_bases(kind, 2, size, torch.Generator().manual_seed(seed))
+
+    bases = draw(0)
+    for basis in bases:
+        assert torch.allclose(basis.T @ basis, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(bases, draw(0)) and not torch.equal(bases, draw(1)) and not torch.equal(bases[0], bases[1])
+    if kind == "hadamard" and has_hadamard(size):
+        assert torch.allclose(bases.abs(), torch.full_like(bases, size**-0.5))
+
+
+def test_a_random_hadamard_basis_spreads_a_spike_and_depends_on_its_seed():
+    """Signs behind the product would leave |x R| the same for every seed."""
+    x = torch.tensor([3.0, 1.0] + [0.0] * 46, dtype=torch.float64)
+    turned = [x @ random_bases("hadamard", 1, 48, torch.Generator().manual_seed(seed))[0] for seed in range(8)]
+    assert all(float(y.abs().max()) < 4.01 / 48**0.5 for y in turned)
+    assert len({tuple((y.abs() * 48**0.5).round().tolist()) for y in turned}) == 2  # 3 + 1 and 3 - 1 change places

@@ -142,3 +142,7 @@ class Architecture:
     def required(self) -> list[str]:
         """Tensor names, within a block, that every block must have."""
         return [f"{name}.weight" for name in (*LINEARS.values(), *NORMS.values())]
+
+
+# The shape of meta-llama/Llama-2-7b-hf, for which a recipe's bits per weight are stated where no model is at hand.
+LLAMA2_7B = Architecture(FAMILIES["llama"], 4096, 11008, 32, 32, 32, 128, 32000, False, 4096)

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rosaq.architecture import LINEARS
+from rosaq.plan import Plan
 from rosaq.safetensors_folder import read_json, safe_member
 from rosaq.shard_files import ShardFiles, sha256
 from rosaq.workfolder import WorkFolder, disk_errors, flush
@@ -44,20 +46,48 @@ def finish_checkpoint(
     work.publish()
 
 
-def check_published(work: WorkFolder, manifest: dict[str, Any]) -> None:
+def check_published(work: WorkFolder, report: dict[str, Any]) -> dict[str, Any]:
     """Refuse a checkpoint that has the output's name already unless it is what this run made of it.
 
     Args:
         work: the run's folder, which only was to be removed.
-        manifest: what `finish_checkpoint` would write to `rosaq.json`.
+        report: what is known of the report in `rosaq.json`.
+
+    Returns:
+        That report.
 
     Raises:
         ValueError: the output is something else.
     """
     path = work.destination / MANIFEST
-    known = read_json(path) if path.is_file() else {}
-    if any(known.get(key) != value for key, value in manifest.items()):
+    known: dict[str, Any] = read_json(path).get("report", {}) if path.is_file() else {}
+    if any(known.get(key) != value for key, value in report.items()):
         raise ValueError(f"{work.destination}: output folder is not empty; name another or empty it")
+    return known
+
+
+def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a quantized model.
+
+    Args:
+        plan: form of every layer.
+        recipe: `Recipe.to_dict`.
+        calibration: record of the text.
+    """
+    config = {
+        "quant_method": "rosaq",
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe,
+        "calibration": calibration,
+        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
+        | {module: layout.form() for module, layout in plan.tables.items()},
+        "rotated_norms": list(plan.rotated_norms),
+    }
+    if plan.hadamard_inputs:
+        config["hadamard_inputs"] = list(plan.hadamard_inputs)
+    if plan.rotated_inputs:
+        config["rotated_inputs"] = list(plan.rotated_inputs)
+    return config
 
 
 def is_checkpoint(folder: str | Path) -> bool:

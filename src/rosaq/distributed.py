@@ -47,13 +47,6 @@ class Ranks:
                 distributed.all_reduce(tensor)
         return tensor
 
-    def tell(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor, in place, on every rank."""
-        if self.count > 1:
-            with self._others():
-                distributed.broadcast(tensor, 0)
-        return tensor
-
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]

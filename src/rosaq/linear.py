@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rosaq import kernels
+from rosaq.kernels.dequantized import dequantize
 from rosaq.layout import LinearLayout
 
 
@@ -55,6 +56,10 @@ class RosaqLinear(nn.Module):
         if found["qweight"].is_meta:
             raise ValueError("this layer is on the meta device and holds no values; load its tensors first")
         return found
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) of the plain layer that computes the same; exact in float32, rounded once in other types."""
+        return dequantize(self.layout, self.tensors(), torch.float32).to(dtype)
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> tuple[ModuleType, Any]:
@@ -119,3 +124,20 @@ class RosaqLinear(nn.Module):
         if form.salient:
             parts.append(f"salient={form.blocks}x{form.salient} at {form.salient_bits} bits")
         return ", ".join(parts + [f"bias={form.bias}"])
+
+
+class RotatedLinear(RosaqLinear):
+    """y = (x R) W^T + b, for recipes whose basis cannot be absorbed (head_rotation "concatenated"), R (K, K) float16."""
+
+    def __init__(self, layout: LinearLayout, device: torch.device | str | None = None) -> None:
+        """Make uninitialised buffers, the rotation among them."""
+        super().__init__(layout, device)
+        self.register_buffer("rotation", torch.empty(layout.in_features, layout.in_features, dtype=torch.float16, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product (..., N) in the type of x."""
+        return super().forward(x @ self.get_buffer("rotation").to(x.dtype))
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) that takes x itself: W R^T."""
+        return (super().dense_weight(torch.float32).double() @ self.get_buffer("rotation").double().T).to(dtype)

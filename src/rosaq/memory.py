@@ -54,7 +54,7 @@ class Work:
     activations: int
 
 
-def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int], second_pass: bool) -> Work:
+def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int], second_pass: bool, learning: tuple[int, int] = (0, 0)) -> Work:
     """What quantizing takes.
 
     Args:
@@ -63,6 +63,7 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         itemsize: bytes of a number that the blocks run in.
         tokens: in all windows of this rank, and in one batch.
         second_pass: whole second moments of all sites are made, a block at a time.
+        learning: tokens of a step and of a window, where rotations are learned: the whole model is in memory then.
     """
     weights = sum(torch.Size(a.shape(role)).numel() for role in LINEARS)
     table = 2 * a.vocabulary * a.hidden * 2  # as read and as written
@@ -74,6 +75,10 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
         blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
         host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
+        if learning[0]:
+            model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
+            step = learning[0] * (a.layers * a.hidden + 16 * a.hidden + 8 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 3
+            host = max(host, model + step + weights * 4 * 6)
     return Work(host, tokens[0] * a.hidden * itemsize)
 
 

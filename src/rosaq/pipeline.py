@@ -1,32 +1,31 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
-from rosaq.basis import PreparedBlock, prepare_block, residual_moment
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
-from rosaq.checkpoint import FORMAT_VERSION, check_published, finish_checkpoint
+from rosaq.checkpoint import check_published, finish_checkpoint, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
-from rosaq.moments import BlockInputs, Flow, collect_moments
-from rosaq.plan import Plan, make_plan
+from rosaq.job import Job, find_bases, quantize_block, quantize_table
+from rosaq.learned import Learned, learning_key
+from rosaq.moments import Flow
+from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.results import Results, block_part, checkpoint_parts
-from rosaq.rotation import Block, principal_basis
-from rosaq.rounding.linear import quantize_linear
 from rosaq.run import Means, Report, Run
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably
+from rosaq.statistics import Statistics, calibration_record, measure_durably
 from rosaq.workfolder import WorkFolder, check_destination
 
-ROWS = 1 << 12  # rows of a vocabulary table that are rotated and rounded at a time
+LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
 
 
 def quantize(
@@ -66,7 +65,7 @@ def quantize(
     check_destination(destination)
     with clock("open"):
         source = open_source(model) if isinstance(model, str) else model
-        plan = make_plan(recipe, source.architecture, _biases(source))
+        plan = make_plan(recipe, source.architecture, source.biases())
         parts = checkpoint_parts(source, plan)
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
@@ -78,7 +77,7 @@ def quantize(
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
         report = Report(recipe.to_dict(), calibration_record(settings, windows), torch.device(device).type, *sizes, clock.seconds)
         if work.published:
-            check_published(work, {"report": report.lasting()})
+            report.learning = check_published(work, report.lasting()).get("learning", {})
             if run.ranks.first:
                 work.publish()
         else:
@@ -96,16 +95,14 @@ def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Repo
         results.create()
     run.ranks.wait()
     with run.clock("activations"):
-        if isinstance(calibration, Statistics):
-            inputs, windows = calibration.inputs, calibration.windows
-            moment = residual_moment(inputs) if first and run.recipe.rotation == "global" else None
-        else:
-            windows = calibration
-            inputs, moment = measure_durably(run.source, windows, run.recipe, run.device, work, flow, run.progress)
-    with run.clock("rotation"):
-        job = Job(run.source, run.recipe, run.plan, _residual_basis(run, moment), run.device, run.clock)
+        if not isinstance(calibration, Statistics):
+            inputs, residual = measure_durably(run.source, calibration, run.recipe, run.device, work, flow, run.progress)
+            calibration = Statistics(report.calibration, inputs, calibration, residual)
+    with run.clock("learning" if run.recipe.rotation == "learned" else "rotation"):
+        job = _make_job(run, work, calibration)
+        report.learning = job.bases.learning
     with run.clock("rounding"):
-        report.resumed_blocks = _round_blocks(run, job, inputs, windows, results, flow)
+        report.resumed_blocks = _round_blocks(run, job, calibration, results, flow)
         _round_tables(run, job, results)
     with run.clock("writing"):
         work.settle()
@@ -115,39 +112,19 @@ def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Repo
         run.ranks.wait()
 
 
-def _residual_basis(run: Run, moment: torch.Tensor | None) -> torch.Tensor | None:
-    """The basis of the residual stream where it is one for all; the first rank's, so that all have the same."""
-    if run.recipe.rotation != "global":
-        return None
-    hidden = run.source.architecture.hidden
+def _make_job(run: Run, work: WorkFolder, statistics: Statistics) -> Job:
+    """The recipe's job, with the first rank's bases, so that all have the same; what was learned is kept."""
+    bases, learns = None, run.recipe.rotation == "learned"
     if run.ranks.first:
-        assert moment is not None
-        return run.ranks.tell(principal_basis(moment.to(run.device))[0].contiguous())
-    return run.ranks.tell(torch.empty(hidden, hidden, dtype=torch.float64, device=run.device))
+        if learns and work.has(LEARNED):
+            statistics.learned[learning_key(run.recipe)] = Learned.from_tensors(work.load(LEARNED))
+        bases = find_bases(run.source, run.recipe, run.plan, statistics, run.device, run.progress).to("cpu")
+        if learns and not work.has(LEARNED):
+            work.save(LEARNED, statistics.learned[learning_key(run.recipe)].tensors())
+    return Job(run.source, run.recipe, run.plan, run.device, run.ranks.agree(bases).to(run.device), run.clock)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every part of a model is quantized by.
-
-    Attributes:
-        source: the model.
-        recipe: the recipe.
-        plan: the recipe laid out over the model.
-        basis: (D, D) of the residual stream where it is one for all, else None.
-        device: where to compute.
-        clock: takes the time of "preparing", which is everything before the rounding itself.
-    """
-
-    source: Source
-    recipe: Recipe
-    plan: Plan
-    basis: torch.Tensor | None
-    device: str
-    clock: Clock = field(default_factory=Clock)
-
-
-def _round_blocks(run: Run, job: Job, inputs: Sequence[BlockInputs], windows: torch.Tensor, results: Results, flow: Flow) -> int:
+def _round_blocks(run: Run, job: Job, statistics: Statistics, results: Results, flow: Flow) -> int:
     """Round the blocks that are not done yet, each rank its own; returns how many were done.
 
     Ranks take turns block by block. A rank rounds its block when all have run theirs of the turn: meanwhile it would
@@ -158,7 +135,7 @@ def _round_blocks(run: Run, job: Job, inputs: Sequence[BlockInputs], windows: to
     mine = [index for index in range(layers) if index % ranks.count == ranks.rank and not done[index]]
     blocks, turn = run.source.blocks(mine, run.device), []
     first = next((index for index in range(layers) if not done[index]), layers)
-    for index, moments in enumerate(_moments(job, windows, replace(flow, start=first)), first):
+    for index, moments in enumerate(_moments(job, statistics, replace(flow, start=first)), first):
         if index in mine:
             turn.append((index, moments))
         del moments
@@ -166,7 +143,7 @@ def _round_blocks(run: Run, job: Job, inputs: Sequence[BlockInputs], windows: to
             with clock("reading"):
                 block = next(blocks)
             number, kept = turn.pop()
-            stored = quantize_block(job, number, block, inputs[number], kept)
+            stored = quantize_block(job, number, block, statistics.inputs[number], kept)
             del block, kept
             with clock("writing"):
                 results.later(block_part(number), stored)
@@ -184,74 +161,11 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
                 results.later(module, stored)
 
 
-def _moments(job: Job, windows: torch.Tensor, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the rounding looks at them, by a second pass; else nothing."""
-    if job.recipe.rounding == "gptq" and flow.start < job.source.architecture.layers:
-        return collect_moments(job.source, windows, job.device, compute_dtype(job.source, job.device), flow)
+def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
+    if job.recipe.needs_moments:
+        return statistics.second_moments(job.source, job.device, flow)
     return iter([{}] * (job.source.architecture.layers - flow.start))
-
-
-def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors of one decoder block, by full name.
-
-    Args:
-        job: what to quantize by.
-        index: of the block.
-        block: the source's tensors.
-        inputs: what calibration kept of it.
-        moments: site -> second moment (K, K) as `collect_moments` gives it, to round by GPTQ; empty to round to nearest.
-    """
-    source, prefix = job.source, job.source.architecture.block_prefix(index)
-    with job.clock("preparing"):
-        exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
-        prepared = prepare_block(exact, inputs, job.recipe, source.architecture, job.basis, job.plan.linears["down"])
-        turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
-    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job.plan, prefix).items()}
-    for norm, rotation in prepared.rotations.items():
-        stored[f"{prefix}{norm}.rotation"] = rotation.half()
-    linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
-    for name, tensor in prepared.block.items():
-        if name not in linear_weights:
-            stored[prefix + name] = tensor.to(source.dtype)
-    return stored
-
-
-def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], plan: Plan, prefix: str) -> dict[str, torch.Tensor]:
-    stored = {}
-    for role, module in LINEARS.items():
-        weight, site = prepared.block[f"{module}.weight"], SITE_OF[role]
-        order = prepared.orders[site].to(weight.device) if site in prepared.orders else None
-        try:
-            tensors = quantize_linear(weight, plan.linears[role], order, moments.get(site))
-        except ValueError as error:
-            raise ValueError(f"{prefix}{module}: {error}") from error
-        if f"{module}.bias" in prepared.block:
-            tensors["bias"] = prepared.block[f"{module}.bias"].half()
-        stored.update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
-    return stored
-
-
-def quantize_table(job: Job, module: str) -> dict[str, torch.Tensor]:
-    """Embedding, final norm or lm_head: rotated with the residual stream, at 8 bits where the plan says so."""
-    source, basis = job.source, job.basis
-    gain = source.final_norm()
-    if module == FINAL_NORM:
-        return {f"{FINAL_NORM}.weight": (gain if basis is None else torch.ones_like(gain)).to(source.dtype)}
-    table = source.head() if module == HEAD else source.embedding()
-    parts: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, table.shape[0], ROWS):
-        rows = table[start : start + ROWS].to(job.device, torch.float32)
-        if basis is not None:
-            rows = (rows * gain.to(rows) if module == HEAD else rows) @ basis.to(rows)
-        for name, tensor in _table_rows(rows, job.plan, module, source.dtype).items():
-            parts.setdefault(name, []).append(tensor.cpu())
-    return {f"{module}.{name}": torch.cat(tensors) for name, tensors in parts.items()}
-
-
-def _table_rows(rows: torch.Tensor, plan: Plan, module: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    if module not in plan.tables:
-        return {"weight": rows.to(dtype)}
-    return quantize_linear(rows, replace(plan.tables[module], out_features=rows.shape[0]))
 
 
 def _finish(work: WorkFolder, results: Results, run: Run, report: Report) -> None:
@@ -259,19 +173,6 @@ def _finish(work: WorkFolder, results: Results, run: Run, report: Report) -> Non
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = plan.tied
     config.dtype = source.dtype
-    config.quantization_config = {
-        "quant_method": "rosaq",
-        "format_version": FORMAT_VERSION,
-        "recipe": report.recipe,
-        "calibration": report.calibration,
-        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
-        | {module: layout.form() for module, layout in plan.tables.items()},
-        "rotated_norms": list(plan.rotated_norms),
-    }
+    config.quantization_config = quantization_config(plan, report.recipe, report.calibration)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
     finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, {"README.md": model_card(source, report)}, companions)
-
-
-def _biases(source: Source) -> frozenset[str]:
-    prefix = source.architecture.block_prefix(0)
-    return frozenset(role for role, module in LINEARS.items() if f"{prefix}{module}.bias" in source.tensors)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, SITE_NORM, SITE_OF, Architecture
+from rosaq.hadamard import hadamard_factors
 from rosaq.layout import LinearLayout
-from rosaq.recipe import Recipe
+from rosaq.recipe import ABSORBED, Recipe
 
 TABLE_BITS = 8
 
@@ -19,6 +20,10 @@ class Plan:
         linears: form of each linear layer of a decoder block, by role; the same in every block.
         tables: form of embedding and lm_head where they are stored at 8 bits, by module name; empty where they stay.
         rotated_norms: names within a block of the norms that rotate at run time (rotation "per-layer").
+        rotated_inputs: names within a block of the linear layers that rotate their input at run time
+            (head_rotation "concatenated").
+        hadamard_inputs: names within a block of the linear layers whose input is multiplied by a Hadamard matrix at run
+            time (down_rotation "hadamard").
         untied: a tied embedding table gets a separate lm_head.
         tied: embedding and lm_head are one table in the checkpoint.
         bits_per_weight: stored bits over weights, all linear layers of the decoder blocks: scales, zero points,
@@ -30,6 +35,8 @@ class Plan:
     linears: dict[str, LinearLayout]
     tables: dict[str, LinearLayout]
     rotated_norms: tuple[str, ...]
+    rotated_inputs: tuple[str, ...]
+    hadamard_inputs: tuple[str, ...]
     untied: bool
     tied: bool
     bits_per_weight: float
@@ -46,15 +53,20 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
         biases: roles whose linear layer has a bias.
 
     Raises:
-        ValueError: the recipe keeps more channels precise than there are; names the option and what is allowed.
+        ValueError: the recipe keeps more channels precise than there are, or rotates W_down's input where there is no
+            Hadamard matrix of its width; names the option and what is allowed.
     """
     a = architecture
     _check_salient(recipe, a)
+    _check_down_rotation(recipe, a)
     linears = {role: _linear(role, recipe, a, role in biases) for role in LINEARS}
-    untied = a.tied and recipe.rotation == "global"
+    untied = a.tied and recipe.rotation in ABSORBED
     weights = sum(layout.out_features * layout.in_features for layout in linears.values())
     rotated = tuple(NORMS[norm] for norm in SITE_NORM.values()) if recipe.rotation == "per-layer" else ()
-    stored = sum(layout.bits_stored() for layout in linears.values()) + len(rotated) * 16 * a.hidden**2
+    rotated_inputs = (LINEARS["o"],) if recipe.head_rotation == "concatenated" else ()
+    online = (LINEARS["down"],) if recipe.down_rotation == "hadamard" else ()
+    rotations = len(rotated) * a.hidden**2 + len(rotated_inputs) * a.width("attn_out") ** 2
+    stored = sum(layout.bits_stored() for layout in linears.values()) + 16 * rotations
     other = 16 * (a.norm_weights() + sum(linears[role].out_features for role in biases))
     blocks = a.layers * (stored + other) + 16 * a.hidden
     copies = 1 if a.tied and not untied else 2
@@ -68,13 +80,15 @@ def make_plan(recipe: Recipe, architecture: Architecture, biases: frozenset[str]
         copies, table = 2, layout.bits_stored()
     tied = copies == 1
     total = blocks + copies * table
-    return Plan(linears, tables, rotated, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
+    return Plan(linears, tables, rotated, rotated_inputs, online, a.tied and not tied, tied, stored / weights, total // 8, original // 8)
 
 
 def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool) -> LinearLayout:
     site = SITE_OF[role]
     n, k = a.shape(role)
     layout = LinearLayout(n, k, recipe.bits, recipe.group_size, salient_bits=recipe.salient_bits, bias=bias)
+    if site == "attn_out" and recipe.head_rotation == "concatenated":
+        return replace(layout, salient=recipe.salient_per_head * a.heads)
     if site == "attn_out":
         return replace(layout, blocks=a.heads, salient=recipe.salient_per_head) if recipe.salient_per_head else layout
     if site == "mlp_out":
@@ -91,6 +105,14 @@ def _check_salient(recipe: Recipe, a: Architecture) -> None:
         raise ValueError(f"salient_per_head is {recipe.salient_per_head}, but a head has {a.head_size} channels; allowed are 0 to {a.head_size - 1}")
 
 
+def _check_down_rotation(recipe: Recipe, a: Architecture) -> None:
+    if recipe.down_rotation == "hadamard":
+        try:
+            hadamard_factors(a.intermediate)
+        except ValueError as error:
+            raise ValueError(f"down_rotation is 'hadamard', but {error}; the model needs down_rotation 'none'") from error
+
+
 def block_forms(plan: Plan, a: Architecture, names: list[str], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every stored tensor of a decoder block, by its name within the block.
 
@@ -105,6 +127,8 @@ def block_forms(plan: Plan, a: Architecture, names: list[str], dtype: torch.dtyp
         forms |= {f"{module}.{name}": form for name, form in plan.linears[role].tensors().items()}
     for norm in plan.rotated_norms:
         forms[f"{norm}.rotation"] = ((a.hidden, a.hidden), torch.float16)
+    for module in plan.rotated_inputs:
+        forms[f"{module}.rotation"] = ((a.width("attn_out"), a.width("attn_out")), torch.float16)
     for name in names:
         if name.rpartition(".")[0] not in LINEARS.values():
             forms[name] = (a.tensor_shape(name), dtype)

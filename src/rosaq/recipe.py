@@ -2,7 +2,8 @@
 
 A weight-only method is which basis a linear layer's inputs are put in, which input channels stay precise, and how the
 rest is rounded. `residual` sites are attn_in (q, k, v) and mlp_in (gate, up); `head` is attn_out (o); `down` is
-mlp_out. Sources: ROSAQ, arXiv:2506.13472 (Eq. 1, 3, 4, 6; App. G); AWQ, arXiv:2306.00978.
+mlp_out. Sources: ROSAQ, arXiv:2506.13472 (Eq. 1, 3, 4, 6; App. G); AWQ, arXiv:2306.00978; QuaRot, arXiv:2404.00456;
+SpinQuant, arXiv:2405.16406.
 """
 
 import dataclasses
@@ -15,13 +16,18 @@ from typing import Any
 CHOICES: dict[str, tuple[object, ...]] = {
     "bits": (3, 4),
     "salient_bits": (8, 16),
-    "rotation": ("none", "global", "per-layer"),
-    "head_rotation": ("none", "head-wise"),
-    "selection": ("eigenvalue", "magnitude"),
+    "rotation": ("none", "global", "per-layer", "hadamard", "random", "learned"),
+    "head_rotation": ("none", "head-wise", "shared", "concatenated", "hadamard", "random", "learned"),
+    "down_rotation": ("none", "hadamard"),
+    "selection": ("eigenvalue", "bottom", "random", "top-bottom", "magnitude"),
+    "scaling": ("none", "awq"),
     "down_scaling": ("none", "awq"),
+    "clipping": ("none", "awq"),
     "rounding": ("nearest", "gptq"),
     "embedding_bits": ("auto", "8", "16"),
 }
+ABSORBED = ("global", "hadamard", "random", "learned")  # rotations of the whole residual stream, nothing left at run time
+DRAWN = ("hadamard", "random", "learned")  # bases without eigenvalues: their channels are in no order
 
 
 @dataclass(frozen=True)
@@ -36,20 +42,39 @@ class Recipe:
             head of the attention output; where it does not divide the channels, the last group is shorter.
         rotation: basis of the residual stream. "global": one PCA for all layers, absorbed (no cost at run time).
             "per-layer": one PCA per attn_in and mlp_in, as the paper puts it; it cannot be absorbed and costs a
-            d x d product per site and token. "none": the model's own basis.
+            d x d product per site and token. "none": the model's own basis. "hadamard": a Hadamard matrix with random
+            signs (QuaRot), "random": a random orthogonal matrix, "learned": SpinQuant's R1; all three absorbed.
         head_rotation: basis of the attention output. "head-wise": one PCA per key-value head (ROSAQ Eq. 6), absorbed.
+            "shared": one PCA of a head's size for all heads, absorbed. "concatenated": one PCA over the concatenated
+            heads, which W_V cannot absorb (each head mixes its values by its own attention), so it costs a product
+            with a matrix as wide as the heads together per layer and token; its salient channels are the first
+            heads x salient_per_head.
+            "hadamard", "random", "learned" (SpinQuant's R2, with rotation "learned" only): one per key-value head too.
         salient: channels of attn_in and mlp_in that stay precise.
         salient_per_head: channels of each head of attn_out that stay precise.
         salient_bits: 16 (FP16) or 8 (INT8, one FP16 scale per output).
-        selection: "eigenvalue": the leading channels of the rotated basis (ROSAQ). "magnitude": the channels with the
-            largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
+        selection: of the rotated basis "eigenvalue": the leading channels (ROSAQ), "bottom": the last, "random":
+            consecutive ones from a drawn place, "top-bottom": half of each end (Table 2). "magnitude": the channels
+            with the largest mean |x| in the model's own basis ("Mixed" in the paper), gathered at run time.
+        scaling: "awq": per-channel scaling of the inputs of attn_in and mlp_in, absorbed by the norm weight, and of
+            attn_out, absorbed by W_V. It takes a second pass over the calibration text.
         down_scaling: "awq": per-channel scaling of W_down's input, absorbed by W_up.
+        clipping: "awq": the range of each group's grid is searched below the group's largest weight, in all layers
+            but q and k, as AWQ has it. It takes a second pass over the calibration text.
         salient_down: channels of the feed-forward network that stay precise at mlp_out, those of the largest mean |x|.
             Putting them first is absorbed by W_gate and W_up.
         rounding: "nearest", or "gptq": error feedback by the second moment of the inputs, with the salient channels
             last, so that they take up the rest. It takes a second pass over the calibration text.
         embedding_bits: width of embedding and lm_head. "16": as they are. "8": INT8 per group. "auto": 16, unless the
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
+        act_order: GPTQ rounds the channels of largest second moment first. The groups stay consecutive channels, with
+            grids fitted beforehand, so nothing changes at run time.
+        down_rotation: "hadamard": W_down's input is multiplied by a Hadamard matrix at run time (R4 of QuaRot and
+            SpinQuant), and W_down by its inverse: a few small products per token, up to 4 % of a block's.
+        learning_steps: of Cayley SGD, where the rotation is "learned", else 0; SpinQuant takes 100.
+        learning_rate: at the first step, falling linearly to 0, where the rotation is "learned", else 0; SpinQuant
+            takes 1.5. While a rotation is learned weights are rounded unscaled and unclipped, whatever else is said.
+        seed: of what a recipe draws at random: a random rotation, random salient channels.
 
     Raises:
         ValueError: a value that is not allowed, naming the field and what is.
@@ -65,29 +90,73 @@ class Recipe:
     salient_per_head: int = 32
     salient_bits: int = 16
     selection: str = "eigenvalue"
+    scaling: str = "none"
     down_scaling: str = "awq"
     salient_down: int = 0
+    clipping: str = "none"
     rounding: str = "nearest"
     embedding_bits: str = "auto"
+    act_order: bool = False
+    down_rotation: str = "none"
+    learning_steps: int = 0
+    learning_rate: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse types and values that mean nothing, and pairs that contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected = {"int": int, "str": str}[getattr(field.type, "__name__", str(field.type))]
+            expected = {"int": int, "str": str, "bool": bool, "float": float}[getattr(field.type, "__name__", str(field.type))]
             if type(value) is not expected:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
-        for name in ("salient", "salient_per_head", "salient_down"):
+        for name in ("salient", "salient_per_head", "salient_down", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
         if self.group_size < 16 or self.group_size % 16:
             raise ValueError(f"recipe {self.name!r}: group_size is {self.group_size}; it must be a multiple of 16, such as 32, 64 or 128")
-        if self.selection == "eigenvalue" and self.salient and self.rotation == "none":
-            raise ValueError(f"recipe {self.name!r}: selection by eigenvalue needs a rotation; use rotation 'global' or selection 'magnitude'")
+        self._refuse_contradictions()
+        self._refuse_rotations()
+
+    def _refuse_rotations(self) -> None:
+        """Refuse what no rotation that is drawn or learned, or made at run time, allows."""
+        learned = self.rotation == "learned"
+        if self.salient_per_head and self.head_rotation in DRAWN:
+            raise ValueError(f"recipe {self.name!r}: no channel of head_rotation {self.head_rotation!r} is salient; salient_per_head must be 0")
+        if self.head_rotation == "learned" and not learned:
+            raise ValueError(f"recipe {self.name!r}: head_rotation 'learned' needs rotation 'learned'; rotation is {self.rotation!r}")
+        if learned and (self.salient or self.salient_per_head or self.salient_down):
+            raise ValueError(f"recipe {self.name!r}: a rotation is learned for weights that are all quantized; salient channels must be 0")
+        if learned and self.head_rotation not in ("none", *DRAWN):
+            raise ValueError(
+                f"recipe {self.name!r}: rotation 'learned' takes head_rotation 'none', 'hadamard', 'random' or 'learned', not {self.head_rotation!r}"
+            )
+        if (self.learning_steps > 0, self.learning_rate > 0) != (learned, learned):
+            raise ValueError(
+                f"recipe {self.name!r}: learning_steps is {self.learning_steps} and learning_rate {self.learning_rate}; both must be above 0 "
+                "for rotation 'learned' (SpinQuant: 100 and 1.5), and 0 otherwise"
+            )
+        if self.down_rotation == "hadamard" and (self.salient_down or self.down_scaling != "none"):
+            raise ValueError(f"recipe {self.name!r}: down_rotation 'hadamard' mixes all channels: salient_down must be 0, down_scaling 'none'")
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse pairs of values that contradict each other."""
+        if self.selection != "magnitude" and self.salient and self.rotation not in ("global", "per-layer"):
+            raise ValueError(
+                f"recipe {self.name!r}: selection by {self.selection} needs a rotation 'global' or 'per-layer'; rotation is {self.rotation!r}"
+            )
         if self.selection == "magnitude" and (self.rotation, self.head_rotation) != ("none", "none"):
             raise ValueError(f"recipe {self.name!r}: selection by magnitude is made in the model's own basis: rotation and head_rotation 'none'")
+        if self.scaling == "awq" and (self.rotation == "per-layer" or self.head_rotation == "concatenated"):
+            raise ValueError(f"recipe {self.name!r}: scaling 'awq' is absorbed by norms and W_V, which a rotation at run time keeps from it")
+        if self.act_order and self.rounding != "gptq":
+            raise ValueError(f"recipe {self.name!r}: act_order is an order of GPTQ's rounding; it needs rounding 'gptq'")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether whole second moments of all sites are needed, a second pass over the calibration text."""
+        return self.rounding == "gptq" or "awq" in (self.scaling, self.clipping) or self.head_rotation == "concatenated"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -4,11 +4,13 @@ All functions here take a block as a dict of tensors under their names in the bl
 return it changed; weights are (N outputs, K inputs), x is a row vector, y = x W^T + b. Shape letters: D hidden,
 H key-value heads, E head size. Sources: ROSAQ Eq. 1, 4, 6 and App. G, arXiv:2506.13472; computational invariance of
 RMSNorm under rotation as in SliceGPT, arXiv:2401.15024, but without its mean subtraction, which RMSNorm does not need.
+Random bases as in QuaRot, arXiv:2404.00456.
 """
 
 import torch
 
 from rosaq.architecture import LINEARS, NORMS, SITE_NORM, SITES, Architecture
+from rosaq.hadamard import hadamard_matrix, hadamard_transform, has_hadamard
 
 Block = dict[str, torch.Tensor]
 
@@ -27,6 +29,32 @@ def principal_basis(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     largest = vectors.abs().argmax(-2, keepdim=True)
     return vectors * torch.gather(vectors, -2, largest).sign(), values
+
+
+def random_bases(kind: str, count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random orthogonal bases (count, size, size), float64, one column an axis.
+
+    Args:
+        kind: "random": uniform over all orthogonal matrices (QR of a normal matrix, signs of R's diagonal taken out).
+            "hadamard": diag(random signs) H / sqrt(size); the signs come before the product, since behind it they would
+            not change what is rounded. Where no Hadamard matrix of the size can be constructed, H of the power of two
+            in the size, times (Kronecker) a "random" basis of the odd rest.
+        count: how many.
+        size: channels.
+        generator: of the draws, on the CPU.
+    """
+    if kind == "random":
+        normal = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+        basis, upper = torch.linalg.qr(normal)
+        return basis * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    assert kind == "hadamard"
+    signs = 1 - 2 * torch.randint(2, (count, size, 1), generator=generator).double()
+    power = size if has_hadamard(size) else size & -size
+    hadamard = hadamard_matrix(power).double() / power**0.5
+    if power == size:
+        return signs * hadamard
+    rest = random_bases("random", count, size // power, generator)
+    return signs * torch.kron(rest.contiguous(), hadamard[None])
 
 
 def fold_norms(block: Block) -> Block:
@@ -96,6 +124,38 @@ def scale_feed_forward(block: Block, scale_K: torch.Tensor) -> Block:
     scaled[up] = block[up] / scale_K.to(block[up])[:, None]
     if bias in block:
         scaled[bias] = block[bias] / scale_K.to(block[bias])
+    return scaled
+
+
+def rotate_down(block: Block, inverse: bool = False) -> Block:
+    """Put the inputs of W_down in the Hadamard basis, x <- x H / sqrt(K), which is applied at run time (R4); or take it back."""
+    name = f"{LINEARS['down']}.weight"
+    return {**block, name: hadamard_transform(block[name], inverse)}
+
+
+def scale_residual_inputs(block: Block, site: str, scale_D: torch.Tensor) -> Block:
+    """Scale the inputs of a site behind a norm: W diag(s), and the norm's weight over s (AWQ)."""
+    scaled = dict(block)
+    for role in SITES[site]:
+        name = f"{LINEARS[role]}.weight"
+        scaled[name] = block[name] * scale_D.to(block[name])
+    norm = f"{NORMS[SITE_NORM[site]]}.weight"
+    scaled[norm] = block[norm] / scale_D.to(block[norm])
+    return scaled
+
+
+def scale_values(block: Block, scale_HE: torch.Tensor, architecture: Architecture) -> Block:
+    """Scale the attention output per channel of each key-value head: W_O diag(s), and W_V's rows and bias over s (AWQ).
+
+    The query heads of a group mix rows of the same values, so they share the head's scale.
+    """
+    a = architecture
+    scaled = dict(block)
+    v, o, bias = f"{LINEARS['v']}.weight", f"{LINEARS['o']}.weight", f"{LINEARS['v']}.bias"
+    scaled[o] = block[o] * scale_HE.repeat_interleave(a.heads // a.kv_heads, 0).flatten().to(block[o])
+    scaled[v] = block[v] / scale_HE.flatten().to(block[v])[:, None]
+    if bias in block:
+        scaled[bias] = block[bias] / scale_HE.flatten().to(block[bias])
     return scaled
 
 

@@ -9,6 +9,7 @@ import torch
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, Progress
 from rosaq.distributed import Ranks
+from rosaq.learned import BATCH
 from rosaq.memory import estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan
@@ -51,6 +52,7 @@ class Report:
         peak_device_bytes: of PyTorch on the GPU, 0 on the CPU.
         activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
         resumed_blocks: decoder blocks that an earlier run had rounded.
+        learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
     """
 
     recipe: dict[str, Any]
@@ -64,11 +66,12 @@ class Report:
     peak_device_bytes: int = 0
     activations: str = ""
     resumed_blocks: int = 0
+    learning: dict[str, Any] = field(default_factory=dict)
 
     def lasting(self) -> dict[str, Any]:
         """What is the same whenever and in how many goes the run is made: what the checkpoint says of it."""
         names = ("recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, *(["learning"] if self.learning else []))}
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Run:
         dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
         mine = own_windows(windows, batch, self.ranks)
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
-        work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.rounding == "gptq")
+        learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
+        work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
         return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:

@@ -68,8 +68,12 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: the file cannot be read, or ends before the tensor does.
         """
+        return self.read(name, self.places[name].shape)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read as much of one tensor, from its start, as a tensor of this shape holds."""
         place = self.places[name]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        tensor = torch.empty(shape, dtype=place.dtype)
         if tensor.numel():
             try:
                 with place.file.open("rb", buffering=0) as file:
@@ -89,6 +93,15 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         """Number of tensors."""
         return len(self.places)
+
+
+def first_row(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Shape of a tensor, and its first row (all of a vector), contiguous; of a folder's files no more than that is read."""
+    if isinstance(tensors, SafetensorsFolder):
+        shape = tensors.places[name].shape
+        return shape, tensors.read(name, shape[1:] if len(shape) > 1 else shape)
+    tensor = tensors[name]
+    return tuple(tensor.shape), (tensor[0] if tensor.dim() > 1 else tensor).contiguous()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -18,18 +18,24 @@ def meta_model(config: Any) -> Any:
 
 def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole source model with its weights in `dtype`: for evaluation and self-calibration of what fits."""
-    model = meta_model(source.config).to(dtype)
-    _materialize_rotary(model, device)
     names = {f"{EMBEDDING}.weight": source.embedding, f"{FINAL_NORM}.weight": source.final_norm, f"{HEAD}.weight": source.head}
-    # Copied, because the source's tensors are its file's map: a change in place would be seen by every later read.
+    # Copied, because a source may hold its tensors: a change in place would be seen by every later read.
     state = {name: read().to(device, dtype, copy=True) for name, read in names.items()}
     for index in range(source.architecture.layers):
         prefix = source.architecture.block_prefix(index)
         state.update({prefix + name: tensor.to(device, dtype, copy=True) for name, tensor in source.block(index).items()})
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    model = plain_model(source.config, state, dtype, device)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
+    return model
+
+
+def plain_model(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> Any:
+    """The model of a config with these parameters, which are taken and not copied; all of them, in `dtype` on `device`."""
+    model = meta_model(config).to(dtype)
+    _materialize_rotary(model, device)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
     return model
 
 
@@ -60,6 +66,7 @@ class BlockRunner:
 
     def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str, change: Callable[[Any], object] = lambda model: None) -> None:
         """Prepare for windows of `seq_len` tokens, in `dtype` on `device`, after a change to the model's modules."""
+        self._dtype = dtype
         model = meta_model(config)
         change(model)
         _materialize_rotary(model, device)
@@ -67,7 +74,7 @@ class BlockRunner:
         recorders = [_Recorder() for _ in self._blocks]
         model.model.layers = torch.nn.ModuleList(recorders)
         model.model.norm = torch.nn.Identity()
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: `call` may be differentiated through these arguments
             model.model(inputs_embeds=torch.zeros(1, seq_len, config.hidden_size, dtype=dtype, device=device), use_cache=False)
         self._arguments = [recorder.arguments for recorder in recorders]
 
@@ -84,6 +91,11 @@ class BlockRunner:
     def run(self, index: int, x_BTD: torch.Tensor) -> torch.Tensor:
         """Output (batch, tokens, hidden) of the loaded block."""
         return self._blocks[index](x_BTD, **self._arguments[index])
+
+    def call(self, index: int, tensors: dict[str, torch.Tensor], x_BTD: torch.Tensor) -> torch.Tensor:
+        """Output of a block that is not loaded, as a differentiable function of its weights and its input."""
+        state = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+        return torch.func.functional_call(self._blocks[index], state, (x_BTD,), self._arguments[index])
 
     def release(self, index: int) -> None:
         """Give the block's memory back."""

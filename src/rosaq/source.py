@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, Architecture
 from rosaq.gguf_file import GgufTensors
 from rosaq.safetensors_folder import SafetensorsFolder, read_json
 
@@ -87,6 +87,11 @@ class Source:
             raise ValueError(f"{self.name}: tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
         self.check_finite({name: tensor})
         return tensor
+
+    def biases(self) -> frozenset[str]:
+        """Roles whose linear layer has a bias, in the first decoder block."""
+        prefix = self.architecture.block_prefix(0)
+        return frozenset(role for role, module in LINEARS.items() if f"{prefix}{module}.bias" in self.tensors)
 
     def block_names(self, index: int) -> list[str]:
         """Full names of the tensors of decoder block `index`.
@@ -174,7 +179,7 @@ class Source:
     def parameters(self) -> int:
         """Weights of the model, a tied table counted once."""
         a = self.architecture
-        block = sum(torch.Size(a.shape(role)).numel() for role in ("q", "k", "v", "o", "gate", "up", "down")) + 2 * a.hidden
+        block = sum(torch.Size(a.shape(role)).numel() for role in LINEARS) + 2 * a.hidden
         return block * a.layers + a.vocabulary * a.hidden * (1 if a.tied else 2) + a.hidden
 
 

@@ -1,17 +1,19 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
 
-from rosaq.basis import ResidualSum, kept_inputs
+from rosaq.architecture import SITES
+from rosaq.basis import ResidualSum, kept_inputs, residual_moment
 from rosaq.calibration import Calibration, read_documents, sample_windows, token_windows, windows_hash
 from rosaq.clock import Clock, Progress, no_progress
 from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
-from rosaq.moments import BlockInputs, Flow, SiteInputs, collect
+from rosaq.moments import BlockInputs, Flow, SiteInputs, collect, collect_moments
 from rosaq.recipe import Recipe
 from rosaq.skeleton import full_model
 from rosaq.source import Source
@@ -28,11 +30,48 @@ class Statistics:
         record: the calibration's settings, sizes, and a SHA-256 of its tokens, JSON-able.
         inputs: per decoder block.
         windows: token ids (S, T).
+        residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
+        learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
+        hold: keep whole second moments once a recipe has asked for them; see `moments_fit`.
     """
 
     record: dict[str, Any]
     inputs: Sequence[BlockInputs]
     windows: torch.Tensor
+    residual: torch.Tensor | None = None
+    learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    hold: bool = False
+    _held: list[dict[str, torch.Tensor]] | None = field(default=None, repr=False)
+
+    def residual_moment(self) -> torch.Tensor:
+        """The moment (D, D) that one basis for the whole residual stream is taken from (`basis.ResidualSum`)."""
+        return residual_moment(self.inputs) if self.residual is None else self.residual
+
+    def second_moments(self, source: Source, device: str, flow: Flow | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole second moments of each block's sites on the device, from block `flow.start` on, as `collect_moments` gives them.
+
+        A pass over the text, unless they are held.
+        """
+        flow = flow or Flow()
+        if self._held is not None:
+            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[flow.start :])
+            return
+        if flow.start == source.architecture.layers:
+            return
+        held, hold = [], self.hold and not flow.start
+        for moments in collect_moments(source, self.windows, device, compute_dtype(source, device), flow):
+            if hold:
+                held.append({site: moment.cpu() for site, moment in moments.items()})
+            yield moments
+            del moments  # so that they are not held while the next block runs
+        self._held = held if hold else None
+
+
+def moments_fit(source: Source) -> bool:
+    """Whether the whole second moments of all blocks take at most an eighth of the machine's memory."""
+    a = source.architecture
+    wanted = 4 * a.layers * sum(a.width(site) ** 2 for site in SITES)
+    return 8 * wanted <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(

@@ -12,8 +12,10 @@ import sys
 import typer
 
 from rosaq_cli import benchmark
+from rosaq_cli.compare import compare
 from rosaq_cli.evaluate import evaluate
 from rosaq_cli.generate import generate
+from rosaq_cli.inspect import inspect
 from rosaq_cli.quantize import quantize
 from rosaq_cli.recipes import recipes
 from rosaq_cli.screen import errors
@@ -30,6 +32,8 @@ app.command(rich_help_panel="Quantize")(quantize)
 app.command(rich_help_panel="Quantize")(recipes)
 app.command(rich_help_panel="Quantize")(verify)
 app.command(rich_help_panel="Run and measure")(evaluate)
+app.command(rich_help_panel="Run and measure")(compare)
+app.command(rich_help_panel="Run and measure")(inspect)
 app.command(rich_help_panel="Run and measure")(generate)
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Run and measure")
 

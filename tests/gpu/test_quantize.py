@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-int3", "rosaq-paper-per-layer", "mixed", "rtn"])
+@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-int3", "rosaq-paper-per-layer", "mixed", "rtn", "quarot", "quarot-gptq", "quarot-r4"])
 def test_the_gpu_makes_the_cpus_checkpoint(name, saved, text_file, tmp_path):
     source = open_source(str(saved("llama-biased")))
     recipe = load_recipe(name)
@@ -41,3 +41,16 @@ def test_half_precision_on_the_gpu_stays_near_float32(dtype, saved, text_file, t
     assert float((got - wanted).norm() / wanted.norm()) < 0.03
     generated = half.generate(IDS[:1].cuda(), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert generated.shape == (1, 24)
+
+
+@pytest.mark.parametrize("name", ["spinquant", "spinquant-r4"])
+def test_rotations_are_learned_on_the_gpu_the_same_every_time(name, saved, tmp_path):
+    """In bfloat16 and TF32, where the held-out loss must still fall; on text that the model itself has sampled."""
+    source, reports = open_source(str(saved("llama"))), []
+    recipe = load_recipe(name).replace(group_size=16, bits=3, learning_steps=30)
+    for run in ("a", "b"):
+        reports.append(quantize(source, tmp_path / run, recipe, Calibration("self", 48, 48), "cuda"))
+    learning = [report.learning for report in reports]
+    assert learning[0] == learning[1]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert learning[0]["held_out_after"] < learning[0]["held_out_before"] and learning[0]["orthogonality_error"] < 1e-12

@@ -199,7 +199,9 @@ def test_layers_of_different_forms_are_not_joined(engine, checkpoint):
     [
         (dict(colour="red"), "unknown key 'colour'"),
         (dict(format_version=99), "checkpoint format 99; this rosaq reads format 1"),
+        (dict(hadamard_inputs=["mlp.down_proj"]), "by a Hadamard matrix at run time, which vLLM's layers cannot; load it with transformers"),
         (dict(rotated_norms=["input_layernorm"]), "rotates after each norm at run time, which vLLM's norms cannot; load it with transformers"),
+        (dict(rotated_inputs=["self_attn.o_proj"]), "rotates the inputs of o_proj at run time, which vLLM's layers cannot; load it with"),
     ],
 )
 def test_a_config_that_vllm_cannot_serve_is_refused(engine, checkpoint, change, message):

@@ -2,13 +2,15 @@
 
 Every weight is replicated so that a pass over the copies exceeds the L2 cache twice over; the copies run inside one CUDA graph;
 the figure is the median replay divided by the number of copies, in microseconds. The limit is the larger of the bytes of the
-4-bit weight (scales included, no salient part) over the measured copy bandwidth, and of 2 M K N over the measured dense rate.
-Salient channels are stored and multiplied on top of it: the peers have none.
+weight (scales included, no salient part) over the measured copy bandwidth, and of 2 M K N over the measured dense rate.
+Salient channels are stored and multiplied on top of it: the peers have none. Marlin and Machete are timed at 4 bits only, which is what they
+take. Also timed: repacking a layer from the checkpoint's tensors.
 """
 
 import importlib.util
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,8 @@ from rosaq.layout import LinearLayout
 
 TFLOPS = 790e12  # dense float16 products on an H200, random data
 COPIES_BYTES = 300_000_000  # per pass, against 50 to 60 MB of L2
-BATCHES = (1, 16, 64, 128)
+BATCHES = (1, 16, 64, 128, 256, 1024, 4096)
+Calls = Callable[[torch.Tensor], list[Callable[[], Any]]]  # x -> one call per copy of a weight
 
 
 def llama2_7b(bits: int = 4, group_size: int = 128, salient_bits: int = 16) -> dict[str, LinearLayout]:
@@ -94,28 +97,35 @@ def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large device-to-device copy, read plus written."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_(0, 255)
+    """Bytes per second of a large copy by a kernel, read plus written (a captured `copy_` runs on the slower copy engine)."""
+    source = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_(0, 255)
     target = torch.empty_like(source)
-    return 2 * (1 << 31) / (microseconds([lambda: target.copy_(source)], 10) * 1e-6)
+    return 2 * (1 << 31) / (microseconds([lambda: torch.add(source, 1, out=target)], 10) * 1e-6)
 
 
-def our_calls(layout: LinearLayout, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> list[Callable[[], Any]]:
-    """One call of the chosen kernel per copy of the prepared weight."""
-    kernel = kernels.choose(layout, x.device, x.dtype, ("cuda", "dequantized"))
-    first = kernel.prepare(layout, tensors, x.dtype)
-    if kernel is not cuda:
-        return [lambda: kernel.run(x, first)]
-    copies = max(2, COPIES_BYTES // first.stream.numel())
-    prepared = [replace(first, stream=first.stream.clone()) for _ in range(copies)]
-    return [lambda p=p: kernel.run(x, p) for p in prepared]  # type: ignore[misc]
+def our_calls(layout: LinearLayout, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Calls, float]:
+    """Calls of our kernel over copies of the prepared weight, and the milliseconds that repacking took."""
+    kernel = kernels.choose(layout, tensors["qweight"].device, dtype, ("cuda", "triton", "dequantized"))
+    first = kernel.prepare(layout, tensors, dtype)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    kernel.prepare(layout, tensors, dtype)
+    torch.cuda.synchronize()
+    repack_ms = (time.perf_counter() - start) * 1e3
+    if kernel is cuda:
+        copies = max(2, COPIES_BYTES // first.stream.numel())
+        prepared = [replace(first, stream=first.stream.clone()) for _ in range(copies)]
+    else:
+        copies = max(2, COPIES_BYTES // tensors["qweight"].nbytes)
+        prepared = [kernel.prepare(layout, {name: t.clone() for name, t in tensors.items()}, dtype) for _ in range(copies)]
+    return lambda x: [lambda p=p: kernel.run(x, p) for p in prepared], repack_ms  # type: ignore[misc]
 
 
-def peer_calls(layout: LinearLayout, x: torch.Tensor) -> dict[str, list[Callable[[], Any]]]:
+def peer_calls(layout: LinearLayout, dtype: torch.dtype) -> dict[str, Calls]:
     """cuBLAS, and vLLM's Marlin and Machete on the whole layer at 4 bits (they know no salient channels)."""
-    tokens, k, n = x.shape[0], layout.in_features, layout.out_features
-    plain = [torch.randn(n, k, device="cuda", dtype=x.dtype) * 0.02 for _ in range(max(2, COPIES_BYTES // (2 * k * n)))]
-    calls: dict[str, list[Callable[[], Any]]] = {"cublas": [lambda w=w: torch.nn.functional.linear(x, w) for w in plain]}  # type: ignore[misc]
+    k, n = layout.in_features, layout.out_features
+    plain = [torch.randn(n, k, device="cuda", dtype=dtype) * 0.02 for _ in range(max(2, COPIES_BYTES // (2 * k * n)))]
+    calls: dict[str, Calls] = {"cublas": lambda x: [lambda w=w: torch.nn.functional.linear(x, w) for w in plain]}  # type: ignore[misc]
     if layout.bits != 4 or layout.group_size != 128 or importlib.util.find_spec("vllm") is None:
         return calls
     from vllm import _custom_ops as ops  # noqa: PLC0415
@@ -124,22 +134,28 @@ def peer_calls(layout: LinearLayout, x: torch.Tensor) -> dict[str, list[Callable
     from vllm.model_executor.layers.quantization.utils.quant_utils import gptq_quantize_weights, pack_rows  # noqa: PLC0415
     from vllm.scalar_type import scalar_types  # noqa: PLC0415
 
-    base, kind = torch.randn(k, n, device="cuda", dtype=x.dtype) * 0.02, scalar_types.uint4b8
-    workspace, empty = marlin_make_workspace_new(x.device), torch.empty(0, dtype=torch.int, device="cuda")
+    base, kind = torch.randn(k, n, device="cuda", dtype=dtype) * 0.02, scalar_types.uint4b8
+    workspace, empty = marlin_make_workspace_new(base.device), torch.empty(0, dtype=torch.int, device="cuda")
     copies = max(2, COPIES_BYTES // (k * n // 2))
     _, q, s, *_ = marlin_quantize(base, kind, 128, False)
     marlin = [(q.clone(), s.clone()) for _ in range(copies)]
-    calls["marlin"] = [
+    calls["marlin"] = lambda x: [
         lambda p=p: ops.marlin_gemm(  # type: ignore[misc]
-            x, None, p[0], None, p[1], None, None, None, empty, empty, workspace, kind, tokens, n, k, True, False, True, False
+            x, None, p[0], None, p[1], None, None, None, empty, empty, workspace, kind, x.shape[0], n, k, True, False, True, False
         )
         for p in marlin
     ]
     _, q, s, *_ = gptq_quantize_weights(base, kind, 128, False)
-    q = ops.machete_prepack_B(pack_rows(q, 4, *q.shape).t().contiguous().t(), x.dtype, kind, x.dtype)
+    q = ops.machete_prepack_B(pack_rows(q, 4, *q.shape).t().contiguous().t(), dtype, kind, dtype)
     machete = [(q.clone(), s.clone()) for _ in range(copies)]
-    calls["machete"] = [lambda p=p: ops.machete_mm(x, p[0], kind, x.dtype, p[1], None, 128) for p in machete]  # type: ignore[misc]
+    calls["machete"] = lambda x: [lambda p=p: ops.machete_mm(x, p[0], kind, x.dtype, p[1], None, 128) for p in machete]  # type: ignore[misc]
     return calls
+
+
+def default_layouts() -> dict[str, LinearLayout]:
+    """The fused layers of both models at 4 and at 3 bits."""
+    three = {f"{name} int3": layout for name, layout in {**llama2_7b(3), **llama3_8b(3)}.items()}
+    return {**llama2_7b(), **llama3_8b(), **three}
 
 
 def benchmark_kernels(
@@ -151,7 +167,7 @@ def benchmark_kernels(
     """Time every layer at every batch; print the table and return its rows.
 
     Args:
-        layouts: layers by name; Llama-2-7B's and Llama-3-8B's at INT4, group 128, by default.
+        layouts: layers by name; Llama-2-7B's and Llama-3-8B's at INT4 and INT3, group 128, by default.
         batches: numbers of tokens M.
         dtype: type of the activations.
         peers: also time cuBLAS and, where vLLM is importable, Marlin and Machete.
@@ -164,17 +180,18 @@ def benchmark_kernels(
     bandwidth = copy_bandwidth()
     _show(f"{torch.cuda.get_device_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s, {dtype}, torch {torch.__version__}")
     kernels_shown = "".join(f"{name:>8s}" for name in ("rosaq", "cublas", "marlin", "machete"))
-    _show(f"{'layer':>15s} bits     M{kernels_shown}  limit  /peer  share  (us)")
+    _show(f"{'layer':>20s} bits     M{kernels_shown}  limit  /peer  share  (us)")
     rows = []
-    for name, layout in (layouts or {**llama2_7b(), **llama3_8b()}).items():
-        tensors = random_tensors(layout, "cuda")
+    for name, layout in (layouts or default_layouts()).items():
+        ours, repack_ms = our_calls(layout, random_tensors(layout, "cuda"), dtype)
+        calls = {"rosaq": ours, **(peer_calls(layout, dtype) if peers else {})}
         for tokens in batches:
             x = torch.randn(tokens, layout.in_features, device="cuda", dtype=dtype)
-            calls = {"rosaq": our_calls(layout, x, tensors), **(peer_calls(layout, x) if peers else {})}
-            times = {kernel: microseconds(closures) for kernel, closures in calls.items()}
-            rows.append(_row(name, layout, tokens, dtype, times, bandwidth))
-            del calls
-            torch.cuda.empty_cache()
+            times = {kernel: microseconds(over(x), 30 if tokens <= 256 else 8) for kernel, over in calls.items()}
+            rows.append({**_row(name, layout, tokens, dtype, times, bandwidth), "repack_ms": repack_ms})
+        _show(f"{name:>20s} {layout.bits:4d} repacked in {repack_ms:.1f} ms")
+        del calls, ours
+        torch.cuda.empty_cache()
     _print_sums(rows)
     return rows
 
@@ -197,7 +214,7 @@ def _row(name: str, layout: LinearLayout, tokens: int, dtype: torch.dtype, times
     }  # fmt: skip
     shown = [f"{times[kernel]:7.1f}" if kernel in times else "      -" for kernel in ("rosaq", "cublas", "marlin", "machete")]
     ratio = "     -" if best is None else f"{row['to_best_peer']:6.2f}"
-    _show(f"{name:>15s} {layout.bits:4d} {tokens:5d} {' '.join(shown)} {limit:6.1f} {ratio} {row['share_of_limit']:6.2f}")
+    _show(f"{name:>20s} {layout.bits:4d} {tokens:5d} {' '.join(shown)} {limit:6.1f} {ratio} {row['share_of_limit']:6.2f}")
     return row
 
 

@@ -17,8 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rosaq.architecture import Architecture
 from rosaq.checkpoint import check_version
 from rosaq.embedding import RosaqEmbedding
+from rosaq.hadamard_linear import HadamardLinear
 from rosaq.layout import LinearLayout
-from rosaq.linear import RosaqLinear
+from rosaq.linear import RosaqLinear, RotatedLinear
 from rosaq.norm import RotatedNorm
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import open_safetensors
@@ -37,6 +38,8 @@ class RosaqConfig(QuantizationConfigMixin):
         layouts: dict[str, dict[str, Any]],
         calibration: dict[str, Any] | None = None,
         rotated_norms: list[str] | None = None,
+        hadamard_inputs: list[str] | None = None,
+        rotated_inputs: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         """Check every part; an unknown key is an error."""
@@ -51,6 +54,12 @@ class RosaqConfig(QuantizationConfigMixin):
         self.calibration = calibration or {}
         self.layouts = layouts
         self.rotated_norms = rotated_norms or []
+        self.rotated_inputs = rotated_inputs or []
+        self.hadamard_inputs = hadamard_inputs or []
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says; which inputs are rotated only where there are any, as the pipeline writes it."""
+        return {key: value for key, value in super().to_dict().items() if value or key not in ("rotated_inputs", "hadamard_inputs")}
 
     def layout(self, module: str, shape: tuple[int, int], bias: bool) -> LinearLayout | None:
         """The form of a module of (outputs, inputs), or None where it is not quantized.
@@ -93,7 +102,12 @@ class RosaqQuantizer(HfQuantizer):
         layout = config.layout(name, (outputs, inputs), getattr(module, "bias", None) is not None)
         if layout is None:
             return None
-        return RosaqEmbedding(layout, dtype) if isinstance(module, torch.nn.Embedding) else RosaqLinear(layout)
+        if isinstance(module, torch.nn.Embedding):
+            return RosaqEmbedding(layout, dtype)
+        within = name.split(".", 3)[-1]
+        if within in config.hadamard_inputs:
+            return HadamardLinear(layout)
+        return RotatedLinear(layout) if within in config.rotated_inputs else RosaqLinear(layout)
 
     def get_weight_conversions(self) -> list[Any]:
         """None: names in the file are names in the model."""

@@ -45,6 +45,15 @@ class RosaqVllmConfig(QuantizationConfig):
             raise ValueError(
                 f"recipe {config.recipe['name']!r} rotates after each norm at run time, which vLLM's norms cannot; load it with transformers"
             )
+        if config.hadamard_inputs:
+            raise ValueError(
+                f"recipe {config.recipe['name']!r} multiplies the inputs of W_down by a Hadamard matrix at run time, which vLLM's layers "
+                "cannot; load it with transformers"
+            )
+        if config.rotated_inputs:
+            raise ValueError(
+                f"recipe {config.recipe['name']!r} rotates the inputs of o_proj at run time, which vLLM's layers cannot; load it with transformers"
+            )
         self.config = config
 
     @classmethod

@@ -9,7 +9,8 @@ A kernel is a module with four names:
 
 `reference.py` defines what all of them compute. Rule of choice: the first of `KERNELS` that has no reason against it.
 Those in `BY_NAME_ONLY` are taken only when they are named: they have not passed `tests/gpu` in their present form.
-`dequantized` comes last because it can always run; it serves float32 and float64, and devices that no kernel here knows.
+`cuda` is for Hopper, `triton` for any GPU, `cpu` for processors. `dequantized` comes last because it can always run; it serves float32 and
+float64, and devices that no kernel here knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 
-from rosaq.kernels import cpu, cuda, dequantized
+from rosaq.kernels import cpu, cuda, dequantized, portable
 from rosaq.layout import LinearLayout
 
-KERNELS: tuple[ModuleType, ...] = (cuda, cpu, dequantized)
+KERNELS: tuple[ModuleType, ...] = (cuda, portable, cpu, dequantized)
 BY_NAME_ONLY: tuple[ModuleType, ...] = (cuda,)
 
 

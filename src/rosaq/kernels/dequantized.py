@@ -84,6 +84,10 @@ def _differences(layout: LinearLayout, tensors: Mapping[str, torch.Tensor]) -> t
     else:
         codes_NQ = unpack(tensors["qweight"], layout.bits, columns).to(narrow)
     zeros = unpack_zeros(tensors["zeros"], layout.zero_bits, n).to(narrow).view(n, blocks, layout.groups_per_block)
-    lengths = torch.full((layout.groups_per_block,), size, device=zeros.device)
-    lengths[-1] = quantized - (layout.groups_per_block - 1) * size
-    return codes_NQ.reshape(n, blocks, quantized).sub_(zeros.repeat_interleave(lengths, dim=2, output_size=quantized)).view(n, columns)
+    differences = codes_NQ.reshape(n, blocks, quantized)
+    whole = quantized // size * size  # channels in groups of full length; a shorter one may follow
+    if whole:
+        differences[:, :, :whole].unflatten(2, (-1, size)).sub_(zeros[:, :, : whole // size, None])
+    if whole < quantized:
+        differences[:, :, whole:].sub_(zeros[:, :, -1:])
+    return differences.view(n, columns)

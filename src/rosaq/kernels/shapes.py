@@ -1,6 +1,6 @@
 """How a launch of the CUDA kernels is cut up: every way that fits, an estimate of its time, and the choice of the shortest.
 
-The estimates were fitted to launches measured on an H200 (docs/kernels-log.md); they only have to put the ways in the right order.
+The estimates were fitted to launches measured on an H200 (docs/log.md); they only have to put the ways in the right order.
 """
 
 import ctypes
@@ -25,7 +25,9 @@ class DecodeShape(ctypes.Structure):
 class BatchShape(ctypes.Structure):
     """`BatchShape` of csrc/batch.cuh."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes")]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes", "row_tiles")
+    ]
     _fields_ += [("begin", ctypes.c_uint16 * 10)]
 
 
@@ -95,7 +97,7 @@ def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
 
 
 def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
-    """Estimated microseconds. The constants were fitted to 1658 launches measured on an H200 (docs/kernels-log.md)."""
+    """Estimated microseconds. The constants were fitted to 1658 launches measured on an H200 (docs/log.md)."""
     sizes = shape.sizes
     assert isinstance(sizes, DecodeShape)
     two_token_tiles, per_warp = sizes.tokens > 8, shape.variant
@@ -120,29 +122,30 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
     found = []
     tile = next((t for t in (32, 64) if tokens <= t), 128)
     weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
-    for groups, splits in product((1, 2, 3), (1, 2, 4, 8)):
-        stage = form.runs * tile * 64 + 4 * groups * (form.code_bytes + form.scale_bytes)
-        salient = 2 * (tile * 64 + 4 * groups * form.s_item_bytes) if form.s_items else 0
+    for groups, twice, splits in product((1, 2, 3), (1, 2), (1, 2, 3, 4, 6, 8)):
+        row_tiles = 4 * groups * twice
+        stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
+        salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
         slots = min(8, SHARED_BYTES // (slot_bytes + 16))
-        sums = tile * (64 * groups + 4) * 4
-        if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2:
-            continue
+        sums = tile * (TILE * row_tiles + 4) * 4
+        if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
+            continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        found.append(Shape(BatchShape(tokens, groups, splits, slots, slot_bytes, (ctypes.c_uint16 * 10)(*begin)), tile))
+        found.append(Shape(BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin)), tile))
     return found
 
 
 def _batch_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
-    """Estimated microseconds, fitted to measurements on an H200 (docs/kernels-log.md). Clusters of 4 and more leave multiprocessors idle."""
+    """Estimated microseconds, fitted to 260 launches measured on an H200 (docs/log.md). Clusters of 3 and more leave multiprocessors idle."""
     sizes = shape.sizes
     assert isinstance(sizes, BatchShape)
-    tiles, tokens = 4 * sizes.warp_groups, shape.variant
+    tiles, tokens = sizes.row_tiles, shape.variant
     token_tiles = -(-sizes.tokens // tokens)
     ctas = -(-form.tiles // tiles) * sizes.splits * token_tiles
     waves = -(-ctas // (multiprocessors if sizes.splits <= 2 else multiprocessors * 3 // 4))
     stages = form.q_items * form.runs / 4 + form.s_items * 0.3  # in blocks of 128 channels
-    per_stage = 0.235 + tiles * (0.023 + 0.0003 * tokens)
+    per_stage = 0.19 + tiles * (0.0133 + 0.00043 * tokens) + (0.0019 * tokens if tiles > 4 * sizes.warp_groups else 0)
     x_bytes = _runs(form, form.q_items + form.s_items) * RUN / sizes.splits * tokens * 2
-    from_l2 = (ctas * x_bytes + form.tiles * form.tile_bytes * token_tiles) / 40e6
-    return 2 + waves * stages / sizes.splits * per_stage + from_l2 + (2.5 + 0.01 * tokens + 0.7 * sizes.splits if sizes.splits > 1 else 0)
+    from_l2 = (ctas * x_bytes + form.tiles * form.tile_bytes * token_tiles) / 27.5e6
+    return 2.6 + waves * stages / sizes.splits * per_stage + from_l2 + (0.67 + 0.0007 * tokens + 0.79 * sizes.splits if sizes.splits > 1 else 0)

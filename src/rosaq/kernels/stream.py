@@ -16,6 +16,7 @@ from rosaq.layout import LinearLayout
 from rosaq.packing import unpack, unpack_zeros
 
 TILE, RUN = 16, 32
+THREE_BIT_PAIRS = ((0, 1, 2, 3, 4), (6, 5, 8, 7, 10), (12, 9, 14, 11, 13))  # of a unit, in its three words
 CHUNK_BYTES = 1 << 28  # of intermediate codes: rows are repacked in pieces, so that a large layer needs little scratch memory
 
 
@@ -254,7 +255,10 @@ def _unit_words(codes_NJ: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         words = [sum(pairs[..., 4 * j + p] << (4 * p) for p in range(4)) for j in range(4)]
     else:
-        words = [sum(pairs[..., 5 * i + at] << (3 * at) for at in range(5)) | ((pairs[..., 15] >> i) & 0x00010001) << 15 for i in range(3)]
+        words = [
+            sum(pairs[..., pair] << (3 * at) for at, pair in enumerate(held)) | ((pairs[..., 15] >> i) & 0x00010001) << 15
+            for i, held in enumerate(THREE_BIT_PAIRS)
+        ]
     return _int32(torch.stack([torch.as_tensor(word) for word in words], dim=-1))
 
 

@@ -2,24 +2,31 @@
 
 The salient channels come last and are not rounded, so they take up what is left of the error: with the second moment
 H = X^T X of the inputs that is the least-squares fit of the precise part to the rounded one. Shape letters: N outputs,
-J channels in the order of rounding (quantized ones first, then salient ones), Q quantized channels, G groups.
+J channels in the order of rounding (quantized ones first, then salient ones), Q quantized channels, G groups, C the
+channels that are rounded before their errors go to all that follow.
 """
+
+from collections.abc import Callable
 
 import torch
 
 from rosaq.layout import LinearLayout
-from rosaq.rounding.grid import fit_grid
+from rosaq.rounding.grid import grouped
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it
+Fit = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout) -> tuple[torch.Tensor, ...]:
+def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout, fit: Fit, act_order: bool = False) -> tuple[torch.Tensor, ...]:
     """Round a weight with error feedback.
 
     Args:
-        weight_NK: the weight.
+        weight_NK: the weight; rows do not see each other, so layers with the same inputs may be stacked.
         moment_KK: second moment of its inputs, in the same basis and order of channels.
         layout: form of the layer.
+        fit: scale and zero point (N, 1), of a group's weights (N, 1, C) and the group's number.
+        act_order: round the channels of the largest second moment first. A group's channels are then rounded far
+            apart, so all grids are fitted beforehand, to the weights as they are ("static groups").
 
     Returns:
         Codes (N, Q), scales and zero points (N, G), and the salient weights (N, S), changed by the feedback.
@@ -27,28 +34,46 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout)
     Raises:
         ValueError: the moment is not positive definite even after damping.
     """
-    salient, quantized = layout.salient_columns(), layout.quantized_columns()
-    order = torch.cat([quantized, salient]).to(weight_NK.device)
-    weight_NJ = weight_NK[:, order].clone()
-    factor_JJ = inverse_factor(moment_KK[order][:, order]).to(weight_NJ)
-    codes, scales, zeros = [], [], []
-    start = 0
-    for length in torch.bincount(layout.column_groups()).tolist():
+    device, top = weight_NK.device, (1 << layout.bits) - 1
+    salient, quantized = layout.salient_columns().to(device), layout.quantized_columns().to(device)
+    rank_Q = torch.arange(len(quantized), device=device)
+    grids: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if act_order:
+        rank_Q = moment_KK.diagonal()[quantized].argsort(descending=True, stable=True)
+        weight = grouped(weight_NK[:, quantized], layout)
+        grids = [fit(weight[:, group : group + 1], group) for group in range(layout.groups)]
+        static = [torch.cat(parts, 1)[:, layout.column_groups().to(device)[rank_Q]].T.contiguous() for parts in zip(*grids, strict=True)]
+    order_J = torch.cat([quantized[rank_Q], salient])
+    weight_JN = weight_NK[:, order_J].T.contiguous()
+    factor_JJ = inverse_factor(moment_KK[order_J][:, order_J]).to(weight_JN)
+    codes, start = [], 0
+    for group, length in enumerate(torch.bincount(layout.column_groups()).tolist()):
         stop = start + length
-        scale_N1, zero_N1 = fit_grid(weight_NJ[:, None, start:stop], layout.bits)
-        errors_NC = torch.empty_like(weight_NJ[:, start:stop])
-        for column in range(start, stop):
-            exact_N = weight_NJ[:, column]
-            code_N = torch.round(exact_N / scale_N1[:, 0] + zero_N1[:, 0]).clamp(0, (1 << layout.bits) - 1)
-            error_N = (exact_N - (code_N - zero_N1[:, 0]) * scale_N1[:, 0]) / factor_JJ[column, column]
-            weight_NJ[:, column:stop] -= error_N[:, None] * factor_JJ[column, column:stop]
-            errors_NC[:, column - start] = error_N
-            codes.append(code_N)
-        weight_NJ[:, stop:] -= errors_NC @ factor_JJ[start:stop, stop:]
-        scales.append(scale_N1)
-        zeros.append(zero_N1)
+        if act_order:
+            scale_CN, zero_CN = (grid_QN[start:stop] for grid_QN in static)
+        else:
+            grids.append(fit(weight_JN[start:stop].T[:, None], group))
+            scale_CN, zero_CN = (grid.T.expand(length, -1) for grid in grids[-1])
+        codes.append(_round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
         start = stop
-    return torch.stack(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), weight_NJ[:, quantized.numel() :]
+    scale_NG, zero_NG = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
+    return torch.cat(codes).T[:, rank_Q.argsort()], scale_NG, zero_NG, weight_JN[start:].T
+
+
+def _round_columns(
+    weight_JN: torch.Tensor, factor_JJ: torch.Tensor, start: int, scale_CN: torch.Tensor, zero_CN: torch.Tensor, top: int
+) -> torch.Tensor:
+    """Round C columns from `start` on and hand their errors to all that follow, in place; the codes (C, N)."""
+    stop = start + len(scale_CN)
+    errors_CN, codes_CN = torch.empty_like(weight_JN[start:stop]), torch.empty_like(weight_JN[start:stop])
+    for column in range(start, stop):
+        exact_N, scale_N, zero_N = weight_JN[column], scale_CN[column - start], zero_CN[column - start]
+        code_N = torch.round(exact_N / scale_N + zero_N).clamp_(0, top)
+        error_N = (exact_N - (code_N - zero_N) * scale_N).div_(factor_JJ[column, column])
+        weight_JN[column + 1 : stop].addr_(factor_JJ[column, column + 1 : stop], error_N, alpha=-1)
+        errors_CN[column - start], codes_CN[column - start] = error_N, code_N
+    weight_JN[stop:] -= factor_JJ[start:stop, stop:].T @ errors_CN
+    return codes_CN
 
 
 def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:

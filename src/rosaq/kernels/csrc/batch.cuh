@@ -1,10 +1,10 @@
 // Batches (M 17 and more): wgmma with the dequantized weight as the A operand in registers and a tile of x in shared memory.
 //
-// A CTA owns R = 4 * warp_groups row tiles, TOKENS tokens and, in a cluster of `splits` CTAs, one stretch of the items. One thread of the last
+// A CTA owns R = 4 * warp_groups * TILES row tiles, TOKENS tokens and, in a cluster of `splits` CTAs, one stretch of the items. One thread of the last
 // warp fetches with the tensor copy engine, three copies a stage (a copy costs its issuing thread a hundred cycles and more, whatever
 // its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero. The other warps, in groups of
-// four with 64 rows each, dequantize the next unit while the tensor cores multiply the last one. The weight's copies start before
-// the previous kernel of the stream has finished.
+// four with 64 rows each (TILES times), dequantize the next unit while the tensor cores multiply the last one. More rows per CTA mean less
+// of x through L2, which is what limits. The weight's copies start before the previous kernel of the stream has finished.
 #pragma once
 #include "format.cuh"
 #include "wgmma.cuh"
@@ -12,7 +12,7 @@
 namespace rosaq {
 
 struct BatchShape {
-    int tokens, warp_groups, splits, slots, slot_bytes;
+    int tokens, warp_groups, splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
 
@@ -61,7 +61,7 @@ struct Place {
 template <int TOKENS>
 __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, const BatchShape& shape, uint32_t slots, uint32_t bars, int begin, int end,
                                     int first_tile, int token) {
-    const int R = 4 * shape.warp_groups;
+    const int R = shape.row_tiles;
     const uint32_t q_bytes = RUNS * TOKENS * 64 + R * (CODE_BYTES + SCALE_BYTES), s_bytes = SALIENT_RUNS * (TOKENS * 64 + R * w.s_item_bytes);
     auto weights = [&](int item, int slot) {
         const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
@@ -110,11 +110,12 @@ __device__ inline void weights_of(const uint32_t* words, const uint8_t* scales, 
         for (int p = 0; p < 4; ++p) a[j][p] = mul2(a[j][p], s[j >> 1][p & 1]);
 }
 
-template <int TOKENS>
+template <int TOKENS, int TILES>
 __global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights w, const __grid_constant__ BatchMaps maps,
                                                uint16_t* __restrict__ y, int64_t y_stride, const __grid_constant__ BatchShape shape) {
     extern __shared__ __align__(1024) uint8_t shared[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, fetcher_warp = 4 * shape.warp_groups, R = 4 * shape.warp_groups;
+    const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is one value per warp
+    const int lane = threadIdx.x & 31, fetcher_warp = 4 * shape.warp_groups, R = fetcher_warp * TILES;
     const int split = shape.splits == 1 ? 0 : blockIdx.y, first_tile = blockIdx.x * R, token = blockIdx.z * TOKENS;
     const uint32_t slots = shared_address(shared), bars = slots + shape.slots * shape.slot_bytes;  // per slot: full, empty
     const int begin = shape.begin[split], end = shape.begin[split + 1];
@@ -125,9 +126,11 @@ __global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights 
     __syncthreads();
     let_next_start();
 
-    float acc[TOKENS / 2];
+    float acc[TILES][TOKENS / 2];
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.f;
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) acc[t][i] = 0.f;
 
     if (warp == fetcher_warp) {
         if (lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
@@ -143,47 +146,53 @@ __global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights 
         for (; item < min(end, w.q_items); ++item) {
             barrier_wait(bars + slot * 16, parity);
             const uint8_t* stage = shared + slot * shape.slot_bytes;
-            const uint32_t x = slots + slot * shape.slot_bytes;
-            uint32_t words[WORDS];
-            load_words<WORDS>(stage + codes_at, lane, words, FromShared{});
+            const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+            uint32_t words[TILES][WORDS];
 #pragma unroll
-            for (int u = 0; u < UNITS; ++u) {
-                weights_of(words + u * RAW, stage + scales_at, u, lane, a[u & 1]);
+            for (int t = 0; t < TILES; ++t) load_words<WORDS>(stage + codes_at + t * fetcher_warp * CODE_BYTES, lane, words[t], FromShared{});
+#pragma unroll
+            for (int step = 0; step < UNITS * TILES; ++step) {
+                const int u = step / TILES, t = step % TILES;
+                weights_of(words[t] + u * RAW, stage + scales_at + t * fetcher_warp * SCALE_BYTES, u, lane, a[step & 1]);
                 wgmma_fence();
 #pragma unroll
-                for (int j = 0; j < 4; ++j) Wgmma<TOKENS>::run(acc, a[u & 1][j], x_descriptor(x + (2 * u + (j >> 1)) * TOKENS * 64 + (j & 1) * 32));
+                for (int j = 0; j < 4; ++j) Wgmma<TOKENS>::run(acc[t], a[step & 1][j], x + ((2 * u + (j >> 1)) * TOKENS * 64 + (j & 1) * 32) / 16);
                 wgmma_commit();
-                if (UNITS == 3 && u == 2) wgmma_wait<0>();
-                else wgmma_wait<1>();  // the unit before is done: its registers, and after the first unit its slot, are free
-                if (u == 0 && previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
+                if (UNITS * TILES % 2 && step == UNITS * TILES - 1) wgmma_wait<0>();
+                else wgmma_wait<1>();  // the step before is done: its registers, and after the first step its slot, are free
+                if (step == 0 && previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
             }
             previous = slot;
             if (++slot == shape.slots) slot = 0, parity ^= 1;
         }
         wgmma_wait<0>();
         if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
-        const int row = min(first_tile + warp, w.tiles - 1) * 16 + (lane >> 2);
-        const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : 0u, bytes ? twice(__half2float(w.salient_scales[row + 8])) : 0u};
         for (; item < end; item += SALIENT_RUNS) {
             barrier_wait(bars + slot * 16, parity);
             const uint8_t* stage = shared + slot * shape.slot_bytes;
-            const uint32_t x = slots + slot * shape.slot_bytes;
+            const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
 #pragma unroll
-            for (int h = 0; h < SALIENT_RUNS; ++h) {
-                uint32_t words[8], s[2][4];
-                if (bytes) load_words<4>(stage + salient_at + h * w.s_item_bytes, lane, words, FromShared{});
-                else load_words<8>(stage + salient_at + h * w.s_item_bytes, lane, words, FromShared{});
-                expand_salient(words, bytes, s);
+            for (int t = 0; t < TILES; ++t) {
+                const int row = min(first_tile + warp + t * fetcher_warp, w.tiles - 1) * 16 + (lane >> 2);
+                const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
 #pragma unroll
-                for (int j = 0; j < 2; ++j)
+                for (int h = 0; h < SALIENT_RUNS; ++h) {
+                    const uint8_t* from = stage + salient_at + t * SALIENT_RUNS * fetcher_warp * w.s_item_bytes + h * w.s_item_bytes;
+                    uint32_t words[8], s[2][4];
+                    if (bytes) load_words<4>(from, lane, words, FromShared{});
+                    else load_words<8>(from, lane, words, FromShared{});
+                    expand_salient(words, bytes, s);
 #pragma unroll
-                    for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
-                wgmma_fence();
+                    for (int j = 0; j < 2; ++j)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc, a[h][j], x_descriptor(x + h * TOKENS * 64 + j * 32));
-                wgmma_commit();
+                        for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
+                    wgmma_fence();
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + (h * TOKENS * 64 + j * 32) / 16);
+                    wgmma_commit();
+                }
+                wgmma_wait<0>();
             }
-            wgmma_wait<0>();
             if (lane == 0) barrier_arrive(bars + slot * 16 + 8);
             if (++slot == shape.slots) slot = 0, parity ^= 1;
         }
@@ -195,8 +204,10 @@ __global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights 
     float* sums = reinterpret_cast<float*>(shared);
     if (warp != fetcher_warp) {
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; ++i)
-            sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + warp * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[i];
+        for (int t = 0; t < TILES; ++t)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i)
+                sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (warp + t * fetcher_warp) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
     }
     if (shape.splits == 1) __syncthreads();
     else cluster_sync();

@@ -12,12 +12,13 @@
 // i = 4 j + p of neighbouring channels, p = 0..3 being the registers a0..a3 of the A operand (p odd: row g + 8):
 //
 //   4 bits: one word per step, pair p at bit 4 p of both 16-bit halves;
-//   3 bits: three words, word i / 5 holds pair i at bit 3 (i % 5) of both halves, pair 15 lies in bit 15 of the three;
+//   3 bits: three words with five pairs each, at bits 0, 3, 6, 9, 12 of both halves: 0 1 2 3 4, 6 5 8 7 10, 12 9 14 11 13 (so that few shifts
+//     bring even pairs to bit 0 and odd ones to bit 3); pair 15 lies in bit 15 of the three;
 //   8 bits: two words per step, one per row, bytes in channel order.
 //
 // The words of a block, unit after unit, lie in planes: four words of every lane, next to each other, then the next four; the last plane
-// may have one or two. Codes become numbers by being set into the mantissa of a constant (1024 for float16, 128 for bfloat16);
-// adding the offset, minus that constant and the zero point, is exact, so code - zero is exact in both types.
+// may have one or two. Where a weight itself is needed (batches, prefill), codes become numbers by being set into the mantissa of a constant
+// (1024 for float16, 128 for bfloat16); adding the offset, minus that constant and the zero point, is exact in both types.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -112,8 +113,8 @@ __device__ inline uint32_t set_bits(uint32_t word, uint32_t mask, uint32_t magic
 // ---- scales and zero points of a group, for the two rows g and g + 8 of a lane ----
 
 struct Group {
-    uint32_t scales;                             // float16 of both rows
-    uint32_t offset[2][BITS == 3 ? 3 : 1];  // minus (constant + zero), one per position that a code can have in the mantissa
+    uint32_t scales;     // float16 of both rows
+    uint32_t offset[2];  // minus (constant + zero), the constant as the codes of this row carry it
 
     __device__ float scale(int row) const {
         const __half2 pair = reinterpret_cast<const __half2&>(scales);
@@ -125,17 +126,15 @@ struct Group {
 constexpr uint32_t MAGIC = BF16 ? 0x43004300u : 0x64006400u;
 constexpr uint32_t ONES = BF16 ? 0x3f803f80u : 0x3c003c00u;
 
+// The codes of odd pairs (row g + 8) come out this many times too large.
+constexpr int ODD = BITS == 3 ? 8 : BITS == 4 && !BF16 ? 16 : 1;
+
 __device__ inline Group make_group(uint2 stored) {
+    constexpr float CONSTANT = BF16 ? 128.f : 1024.f;
     Group group;
     group.scales = stored.x;
-    const uint32_t a = __byte_perm(stored.y, 0, 0x1010), b = __byte_perm(stored.y, 0, 0x3232);
-    group.offset[0][0] = a;
-    group.offset[1][0] = BITS == 4 && !BF16 ? add2(b, twice(960.f)) : b;  // the odd pairs carry 16 times the code: 1024 / 16 = 64
-    if constexpr (BITS == 3) {
-        const uint32_t eighth = twice(BF16 ? 112.f : 896.f);
-        group.offset[0][1] = add2(a, eighth), group.offset[1][1] = add2(b, eighth);
-        if constexpr (!BF16) group.offset[0][2] = add2(a, twice(1008.f)), group.offset[1][2] = add2(b, twice(1008.f));
-    }
+    group.offset[0] = __byte_perm(stored.y, 0, 0x1010), group.offset[1] = __byte_perm(stored.y, 0, 0x3232);
+    if constexpr (ODD != 1) group.offset[1] = add2(group.offset[1], twice(CONSTANT - CONSTANT / ODD));
     return group;
 }
 
@@ -158,53 +157,50 @@ __device__ inline void expand_bytes(uint32_t word, uint32_t offset, uint32_t& lo
     }
 }
 
-// code - zero of a unit as A operands a[step][register]; `first` and `second` are the groups of its two runs.
+// Codes of a unit as A operands a[step][register], each half | magic; the odd registers hold ODD times the code. 3 and 4 bits.
+__device__ inline void extract(const uint32_t* raw, uint32_t magic, uint32_t (&a)[4][4]) {
+    if constexpr (BITS == 4) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                if constexpr (BF16) a[j][p] = set_bits(raw[j] >> (4 * p), 0x000f000fu, magic);
+                else a[j][p] = set_bits(p < 2 ? raw[j] : raw[j] >> 8, p & 1 ? 0x00f000f0u : 0x000f000fu, magic);
+            }
+        }
+    } else if constexpr (BITS == 3) {
+        constexpr uint32_t EVEN = 0x00070007u, UNEVEN = 0x00380038u;
+        constexpr int PAIRS[3][5] = {{0, 1, 2, 3, 4}, {6, 5, 8, 7, 10}, {12, 9, 14, 11, 13}};
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+#pragma unroll
+            for (int at = 0; at < 5; ++at) {
+                const int pair = PAIRS[k][at], shift = pair & 1 ? 3 * (at - 1) : 3 * at;
+                a[pair / 4][pair % 4] = set_bits(raw[k] >> shift, pair & 1 ? UNEVEN : EVEN, magic);
+            }
+        }
+        const uint32_t low = set_bits(raw[0] >> 12, 0x00080008u, magic), middle = set_bits(raw[1] >> 11, 0x00100010u, low);
+        a[3][3] = set_bits(raw[2] >> 10, 0x00200020u, middle);
+    }
+}
+
+// code - zero of a unit as A operands; `first` and `second` are the groups of its two runs.
 __device__ inline void expand(const uint32_t* raw, const Group& first, const Group& second, uint32_t (&a)[4][4]) {
     if constexpr (BITS == 8) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const Group& group = j < 2 ? first : second;
-            expand_bytes(raw[2 * j], group.offset[0][0], a[j][0], a[j][2]);
-            expand_bytes(raw[2 * j + 1], group.offset[1][0], a[j][1], a[j][3]);
+            expand_bytes(raw[2 * j], group.offset[0], a[j][0], a[j][2]);
+            expand_bytes(raw[2 * j + 1], group.offset[1], a[j][1], a[j][3]);
         }
-    } else if constexpr (BITS == 4) {
-        const uint32_t sixteenth = twice(0.0625f);
+    } else {
+        const uint32_t factor = twice(1.f / ODD);
+        extract(raw, MAGIC, a);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const Group& group = j < 2 ? first : second;
-            if constexpr (BF16) {
 #pragma unroll
-                for (int p = 0; p < 4; ++p) a[j][p] = add2(set_bits(raw[j] >> (4 * p), 0x000f000fu, MAGIC), group.offset[p & 1][0]);
-            } else {
-                const uint32_t high = raw[j] >> 8;
-                a[j][0] = add2(set_bits(raw[j], 0x000f000fu, MAGIC), group.offset[0][0]);
-                a[j][1] = fma2(set_bits(raw[j], 0x00f000f0u, MAGIC), sixteenth, group.offset[1][0]);
-                a[j][2] = add2(set_bits(high, 0x000f000fu, MAGIC), group.offset[0][0]);
-                a[j][3] = fma2(set_bits(high, 0x00f000f0u, MAGIC), sixteenth, group.offset[1][0]);
-            }
-        }
-    } else {
-        constexpr int STEP = BF16 ? 2 : 3;  // positions that a mantissa has room for
-        const uint32_t factor[3] = {ONES, twice(0.125f), twice(0.015625f)};
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const Group& group = i < 8 ? first : second;
-            uint32_t bits;
-            int form;
-            if (i < 15) {
-                const int at = i % 5;
-                form = at % STEP;
-                bits = set_bits(raw[i / 5] >> (3 * (at - form)), 0x00070007u << (3 * form), MAGIC);
-            } else {
-                form = STEP - 1;
-                constexpr int SHIFT = 15 - 3 * (STEP - 1);  // bit 15 comes down to where the form starts
-                const uint32_t one = 0x00010001u << (3 * (STEP - 1));
-                bits = set_bits(raw[0] >> SHIFT, one, MAGIC);
-                bits = set_bits((raw[1] >> SHIFT) << 1, one << 1, bits);
-                bits = set_bits((raw[2] >> SHIFT) << 2, one << 2, bits);
-            }
-            const uint32_t offset = group.offset[i & 1][form];
-            a[i / 4][i % 4] = form ? fma2(bits, factor[form], offset) : add2(bits, offset);
+            for (int p = 0; p < 4; ++p) a[j][p] = ODD != 1 && p & 1 ? fma2(a[j][p], factor, group.offset[1]) : add2(a[j][p], group.offset[p & 1]);
         }
     }
 }

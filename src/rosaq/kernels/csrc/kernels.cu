@@ -79,7 +79,7 @@ int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int
 
 int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, BatchShape shape, int token_tile, Meeting, int overlap,
                 cudaStream_t stream) {
-    const unsigned R = 4 * shape.warp_groups;
+    const unsigned R = shape.row_tiles;
     BatchMaps maps;
     int failed = weight_map(&maps.codes, w, 0, CODE_BYTES, CODE_PARTS, w->q_items, R);
     failed |= weight_map(&maps.scales, w, w->scales_offset, SCALE_BYTES, 1, w->q_items, R);
@@ -90,7 +90,8 @@ int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int6
     }
     if (failed) return cudaErrorInvalidValue;
     const dim3 grid(blocks_of(w->tiles, R), shape.splits, blocks_of(shape.tokens, token_tile));
-    auto kernel = token_tile == 32 ? batch<32> : token_tile == 64 ? batch<64> : batch<128>;
+    const bool twice = shape.row_tiles == 8 * shape.warp_groups;
+    auto kernel = token_tile == 32 ? (twice ? batch<32, 2> : batch<32, 1>) : token_tile == 64 ? (twice ? batch<64, 2> : batch<64, 1>) : batch<128, 1>;
     return launch(kernel, grid, shape.warp_groups * 128 + 32, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
                   static_cast<uint16_t*>(y), y_stride, shape);
 }

@@ -1,0 +1,63 @@
+"""A model's figures, task by task, with what the tasks share kept between models."""
+
+from typing import Any
+
+from rosaq.calibration import windows_hash
+from rosaq.clock import Clock, Progress
+from rosaq.comparison.experiment import PERPLEXITY, Experiment
+from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
+from rosaq.evaluation.zeroshot import check_zero_shot, zero_shot
+
+COLUMNS = {
+    "piqa": "PIQA", "winogrande": "WinoGrande", "hellaswag": "HellaSwag", "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "commonsense_qa": "CSQA",
+    "openbookqa": "OBQA", "csr": "average", "mmlu_humanities": "MMLU humanities", "mmlu_social_sciences": "MMLU social", "mmlu_stem": "MMLU STEM",
+    "mmlu_other": "MMLU other", "mmlu": "MMLU average",
+}  # fmt: skip
+
+
+class Measures:
+    """Evaluates models on an experiment's tasks.
+
+    Raises:
+        ValueError: the tasks' data is not there; before anything is quantized.
+    """
+
+    def __init__(self, experiment: Experiment, tokenizer: Any) -> None:
+        """Read what the tasks need."""
+        if tokenizer is None:
+            raise ValueError(f"{experiment.model}: no tokenizer, so no text can be predicted")
+        self._tokenizer, self._data, self._documents = tokenizer, experiment.data, experiment.documents
+        names = [task for task in experiment.tasks if task != PERPLEXITY]
+        if names:
+            check_zero_shot(names, experiment.data)
+        if PERPLEXITY in experiment.tasks:
+            self._windows = text_windows(read_wikitext2(experiment.data), tokenizer, experiment.window)[: experiment.windows]
+
+    def run(self, model: Any, tasks: tuple[str, ...], clock: Clock, progress: Progress) -> dict[str, Any]:
+        """Figures with standard errors by task, JSON-able; `clock` takes the time of each."""
+        figures: dict[str, Any] = {}
+        if PERPLEXITY in tasks:
+            with clock("perplexity"):
+                result = perplexity(model, self._windows, progress).to_dict()
+            figures[PERPLEXITY] = {**result, "windows_sha256": windows_hash(self._windows)}
+        for task in tasks:
+            if task != PERPLEXITY:
+                with clock(task):
+                    scores = zero_shot(model, self._tokenizer, (task,), self._data, self._documents, progress=progress)
+                figures[task] = scores.to_dict()
+        return figures
+
+
+def task_figures(results: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """The columns that a cell's results give beside perplexity: (name, percent, standard error in percent)."""
+    found = []
+    for task in ("csr", "mmlu"):
+        if task in results:
+            scores, averages = results[task]["tasks"], results[task]["averages"]
+            found += [(COLUMNS[name], scores[name]) for name in scores if name in COLUMNS]
+            found += [(COLUMNS[name], averages[name]) for name in COLUMNS if name in averages]
+    return [(column, 100 * entry["accuracy"], _percent(entry["standard_error"])) for column, entry in found]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

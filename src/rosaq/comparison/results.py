@@ -1,0 +1,166 @@
+"""The folder of a comparison: one JSON file a cell, written at once or not at all, and claims between processes.
+
+`comparison.json` says what all cells agree in. A claim is a lock on a file that the operating system gives back when
+its process ends, however it ends, so that a dead process never blocks a cell.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rosaq.comparison.experiment import Cell, Experiment
+from rosaq.safetensors_folder import read_json
+from rosaq.source import Source
+
+COMMON = "comparison.json"
+PARTS = ("cells", "claims", "checkpoints")
+
+
+class Results:
+    """A folder of results; opening it makes it, or checks that it belongs to the same comparison.
+
+    Raises:
+        ValueError: it holds another comparison's results (says which setting differs), other files, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment, source: Source, keep: bool = False) -> None:
+        """Open or make the folder; with `keep`, checkpoints stay in it."""
+        self.folder, self.experiment, self.keep = folder.expanduser().absolute(), experiment, keep
+        common = experiment.common(source)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            strange = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in (COMMON, *PARTS))
+            if strange and not (self.folder / COMMON).is_file():
+                raise ValueError(f"{folder}: holds {strange[0]!r} and no {COMMON}, so it is not a folder of results; name another or an empty one")
+            for name in PARTS:
+                (self.folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
+        with self._lock(COMMON) as free:
+            assert free
+            if not (self.folder / COMMON).is_file():
+                write_json(self.folder / COMMON, common)
+        self._check(read_json(self.folder / COMMON), common)
+
+    def _check(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for key in [*wanted, *found]:
+            if found.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"{self.folder}: holds another comparison: {key} is {found.get(key)!r} there and {wanted.get(key)!r} here; "
+                    "name another folder, or repeat the options that it was made with"
+                )
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """What is known of a cell, or None.
+
+        Raises:
+            ValueError: its file is damaged, or its recipe is another one of the same name; says which field differs.
+        """
+        file = self._file(cell)
+        if not file.is_file():
+            return None
+        found = read_json(file)
+        wanted = None if cell.recipe is None else cell.recipe.to_dict()
+        recipe = found.get("recipe")
+        if recipe != wanted:
+            if not recipe or not wanted:
+                raise ValueError(f"{file}: not a result of this cell; remove it")
+            key = next(key for key in [*wanted, *recipe] if recipe.get(key) != wanted.get(key))
+            raise ValueError(f"{file}: recipe {cell.recipe.name!r} had {key} {recipe.get(key)!r}, now {wanted.get(key)!r}; name another folder")  # type: ignore[union-attr]
+        return found
+
+    def missing(self, cell: Cell) -> tuple[str, ...]:
+        """The tasks that a cell still lacks."""
+        found = self.read(cell)
+        return tuple(task for task in cell.tasks if found is None or task not in found["figures"])
+
+    def write(self, cell: Cell, values: dict[str, Any]) -> None:
+        """Keep a cell's result, durably."""
+        write_json(self._file(cell), values)
+
+    def fail(self, cell: Cell, why: str) -> None:
+        """Note that a cell cannot be measured, so that no other process tries."""
+        write_text(self._file(cell).with_suffix(".failed"), why)
+
+    def failure(self, cell: Cell) -> str | None:
+        """Why a cell could not be measured, or None."""
+        file = self._file(cell).with_suffix(".failed")
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def forget_failures(self) -> None:
+        """Let failed cells be tried again."""
+        for file in (self.folder / "cells").glob("*.failed"):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Hold a cell while the block runs; gives False where another process holds it."""
+        with self._lock(cell.name, wait=False) as free:
+            yield free
+
+    @contextmanager
+    def checkpoint(self, cell: Cell) -> Iterator[Path]:
+        """Where a claimed cell's checkpoint goes; removed after the block, as is what an earlier process left there."""
+        place = self.folder / "checkpoints" / cell.name
+
+        def remove(*folders: Path) -> None:
+            for left in (*folders, *place.parent.glob(f".{cell.name}.*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+        remove(place)
+        try:
+            yield place
+        finally:
+            remove(*() if self.keep else (place,))
+
+    def _file(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    @contextmanager
+    def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        with (self.folder / "claims" / f"{name}.lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file at once: a reader sees the whole of it or nothing, and it survives a crash.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    write_text(file, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN, which JSON does not have: a standard error of one window."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file at once, likewise."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be written: {error.strerror}") from error

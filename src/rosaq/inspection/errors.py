@@ -1,0 +1,130 @@
+"""What rounding loses in each layer: of the weight, and of the layer's output on the calibration text."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rosaq.architecture import LINEARS, SITE_OF
+from rosaq.checkpoint import verify
+from rosaq.clock import Progress, no_progress
+from rosaq.inspection.observation import Observation
+from rosaq.job import Job, make_job, prepare, quantize_block
+from rosaq.kernels.reference import dequantize
+from rosaq.recipe import Recipe
+from rosaq.rotation import Block
+from rosaq.safetensors_folder import SafetensorsFolder
+from rosaq.source import Source
+from rosaq.statistics import Statistics
+
+Stored = Callable[[int, Block, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative errors of one quantized layer.
+
+    Attributes:
+        block: its decoder block.
+        role: q, k, v, o, gate, up or down.
+        weight: |dW| / |W|, Frobenius.
+        output: |X dW^T| / |X W^T| over the calibration text, that is sqrt(tr(dW M dW^T) / tr(W M W^T)).
+    """
+
+    block: int
+    role: str
+    weight: float
+    output: float
+
+
+def relative_errors(weight_NK: torch.Tensor, rounded_NK: torch.Tensor, moment_KK: torch.Tensor) -> tuple[float, float]:
+    """Relative error of a weight, and of its outputs for inputs of second moment M; both in the inputs' basis."""
+    weight, moment = weight_NK.double(), moment_KK.to(weight_NK.device).double()
+    error = rounded_NK.double() - weight
+    output = (error @ moment * error).sum().clamp_min(0) / (weight @ moment * weight).sum()
+    return float(error.norm() / weight.norm()), float(output.sqrt())
+
+
+def recipe_errors(
+    source: Source,
+    recipe: Recipe,
+    statistics: Statistics,
+    observed: list[dict[str, Observation]],
+    device: str,
+    every: int = 1,
+) -> list[LayerError]:
+    """Errors of each layer as a recipe quantizes it; nothing is written.
+
+    Args:
+        source: the model.
+        recipe: the recipe.
+        statistics: what it calibrates on.
+        observed: what the outputs are measured on: of the same text, or of another.
+        device: where to compute.
+        every: look at every so many decoder blocks only.
+    """
+    job = make_job(source, recipe, statistics, device)
+
+    def stored(index: int, block: Block, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return quantize_block(job, index, block, statistics.inputs[index], moments)
+
+    return _errors(job, statistics, observed, stored, every=every)
+
+
+def checkpoint_errors(
+    source: Source, folder: Path, statistics: Statistics, observed: list[dict[str, Observation]], device: str, progress: Progress = no_progress
+) -> list[LayerError]:
+    """Errors of each layer of a checkpoint against its original.
+
+    The original is put into the checkpoint's basis, which is made again from the same calibration windows.
+
+    Raises:
+        ValueError: the checkpoint was calibrated on other windows, or is not this model's.
+    """
+    verify(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    found, wanted = config["calibration"].get("windows_sha256"), statistics.record["windows_sha256"]
+    if found != wanted:
+        raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
+    tensors = SafetensorsFolder(folder)
+    job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
+    for role, module in LINEARS.items():
+        name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.linears[role].tensors()["qweight"][0]
+        if name not in tensors or tuple(tensors[name].shape) != form:
+            raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
+    errors = _errors(job, statistics, observed, lambda index, *_: tensors, progress)
+    worst = max(errors, key=lambda error: error.weight)
+    if worst.weight > 1:
+        raise ValueError(f"{folder}: {worst.role} of block {worst.block} is nothing like the original's, so it is not a checkpoint of {source.name}")
+    return errors
+
+
+def _errors(
+    job: Job,
+    statistics: Statistics,
+    observed: list[dict[str, Observation]],
+    stored: Stored,
+    progress: Progress = no_progress,
+    every: int = 1,
+) -> list[LayerError]:
+    found, layers = [], job.source.architecture.layers
+    # A recipe that searches by the moments must see the very ones that it was quantized by.
+    needed, seen = job.recipe.needs_moments, ({site: kept.moment for site, kept in sites.items()} for sites in observed)
+    passes = statistics.second_moments(job.source, job.device) if needed else seen
+    for index, moments in enumerate(passes):
+        if index % every:
+            continue
+        moments = {site: moment.to(job.device) for site, moment in moments.items()}
+        given = moments if needed else {}
+        block = job.source.block(index, job.device)
+        prepared, tensors = prepare(job, index, block, statistics.inputs[index], given), stored(index, block, given)
+        turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
+        prefix = job.source.architecture.block_prefix(index)
+        for role, module in LINEARS.items():
+            layout, weight = job.plan.linears[role], prepared.block[f"{module}.weight"]
+            parts = {name: tensors[f"{prefix}{module}.{name}"].to(weight.device) for name in layout.tensors() if name != "bias"}
+            found.append(LayerError(index, role, *relative_errors(weight, dequantize(layout, parts), turned[SITE_OF[role]])))
+        progress("errors", index + 1, layers)
+    return found

@@ -1,0 +1,51 @@
+"""AWQ's search for clipped ranges (arXiv:2306.00978, appendix; `auto_clip` in its code): a grid finer than a group's extremes ask for.
+
+The shares tried, the symmetric clamp and the criterion are those of AWQ's code: for each output and group the squared
+error of the group's part of the output, w_g and its rounding against the inputs of the group. What differs: the inputs
+come as second moments over all tokens instead of 512 sampled ones. Shape letters: N outputs, Q quantized channels,
+G groups, C channels of a full group.
+"""
+
+import torch
+
+from rosaq.layout import LinearLayout
+from rosaq.rounding.grid import fit_grid, to_codes
+
+SHARES = [1 - step / 20 for step in range(10)]  # of a group's largest |w|: 1, 0.95, ... 0.55
+UNCLIPPED = ("q", "k")  # AWQ leaves them: their errors meet in a product, not in a sum
+OUTPUTS = 2048  # rows that are searched at a time
+
+
+def group_moments(moment_QQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
+    """The diagonal blocks (G, C, C) of a second moment of the quantized channels; a shorter group is filled up with zeros."""
+    blocks = moment_QQ.new_zeros(layout.groups, layout.group_size, layout.group_size)
+    start = 0
+    for group, length in enumerate(torch.bincount(layout.column_groups()).tolist()):
+        blocks[group, :length, :length] = moment_QQ[start : start + length, start : start + length]
+        start += length
+    return blocks
+
+
+def fit_clipped_grid(weight_NGC: torch.Tensor, moment_GCC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (N, G) of each group, of the share of its range that loses least of the output.
+
+    Raises:
+        ValueError: a range that no FP16 scale spans.
+    """
+    parts = [_search(rows, moment_GCC.to(rows), bits) for rows in weight_NGC.split(OUTPUTS)]
+    scales, zeros = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _search(weight_NGC: torch.Tensor, moment_GCC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = weight_NGC.abs().amax(-1, keepdim=True)
+    best, best_loss = fit_grid(weight_NGC, bits), torch.full_like(largest[..., 0], torch.inf)
+    for share in SHARES:
+        scale, zero = fit_grid(weight_NGC.clamp(-share * largest, share * largest), bits)
+        codes = to_codes(weight_NGC, scale, zero, bits)
+        error_GNC = ((codes - zero[..., None]) * scale[..., None] - weight_NGC).transpose(0, 1)
+        loss = ((error_GNC @ moment_GCC) * error_GNC).sum(-1).T
+        better = loss < best_loss
+        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+        best_loss = torch.where(better, loss, best_loss)
+    return best
