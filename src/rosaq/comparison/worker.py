@@ -93,6 +93,7 @@ class Worker:
     def _measure(self, cell: Cell, tasks: tuple[str, ...]) -> None:
         clock, begun = Clock(self.device), time.perf_counter()
         if self.device.startswith("cuda"):
+            torch.cuda.init()  # the statistics of a device that nothing has touched yet cannot be reset
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._model(cell, clock) as (model, facts):
             figures, form = self.measures.run(model, tasks, clock, self.progress), "packed" if is_packed(model) else "dense"

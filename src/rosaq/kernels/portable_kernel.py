@@ -4,6 +4,7 @@ M tokens, N outputs, K inputs; tensors as `layout.py` stores them. One program m
 in steps of STEP, then the salient ones. Arguments other than `tl.constexpr` carry no annotation: Triton would look its name up.
 """
 # ruff: noqa: ANN001, ANN202
+# mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl
