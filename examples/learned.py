@@ -53,7 +53,7 @@ def main() -> None:
             if report.learning:
                 learned.append(folder)
                 how = report.learning
-                row += f"  kept aside {how['held_out_before']:.4f} -> {how['held_out_after']:.4f}, {how['seconds']:.1f} s"
+                row += f"  kept aside {how['held_out_before']:.4f} -> {how['held_out_after']:.4f}, {report.seconds['learning']:.1f} s"
                 row += f", |R'R - I| {how['orthogonality_error']:.1e}"
             print(row, flush=True)
             del model

@@ -35,7 +35,7 @@ def main() -> None:
     statistics = rosaq.measure(source, rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), device)
     recipe = rosaq.load_recipe("rosaq-paper").replace(salient=1, salient_per_head=1, down_scaling="none")
     layouts = make_plan(recipe, source.architecture).linears
-    basis = residual_basis(statistics.inputs, recipe, device)
+    basis = residual_basis(statistics.residual_moment().to(device), recipe)
     print(f"original {perplexity(full_model(source, torch.float32, device), windows, no_progress).perplexity:.4f}")
 
     config = copy.deepcopy(source.config)

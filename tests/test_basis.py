@@ -28,7 +28,7 @@ def prepared_blocks(source, recipe, dtype=torch.float64):
     moments = list(collect_moments(source, WINDOWS, "cpu", torch.float32))
     layouts = make_plan(recipe, source.architecture).linears
     residual, heads = draw_bases(recipe, source.architecture)
-    basis = residual_basis(statistics.inputs, recipe, "cpu") if residual is None else residual
+    basis = residual_basis(statistics.residual_moment(), recipe) if recipe.rotation == "global" else residual
     blocks = []
     for index, inputs in enumerate(statistics.inputs):
         block = {name: tensor.to(dtype) for name, tensor in source.block(index).items()}

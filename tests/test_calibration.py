@@ -89,7 +89,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
         recipe = load_recipe(name)
         recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
         plan = make_plan(recipe, source.architecture)
-        basis = residual_basis(statistics.inputs, recipe, "cpu")
+        basis = residual_basis(statistics.residual_moment(), recipe) if recipe.rotation == "global" else None
         model = full_model(source, torch.float32)
         if basis is not None:
             model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())

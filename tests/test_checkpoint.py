@@ -1,18 +1,18 @@
-"""Writing a checkpoint: nothing half-written is left, and what was written is found changed when it was changed."""
+"""The checkpoint folder: its shards are what the safetensors library writes, and what was changed since is found."""
 
+import hashlib
 import json
-import resource
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from rosaq import Calibration, load_recipe, quantize
-from rosaq.checkpoint import MANIFEST, CheckpointWriter, verify
+from rosaq.checkpoint import MANIFEST, verify
 from rosaq.engines.loading import verify_checkpoint
+from rosaq.shard_files import ShardFiles
+from rosaq.workfolder import check_destination
 
 
 @pytest.fixture
@@ -72,57 +72,23 @@ def test_an_output_that_is_not_empty_is_refused_before_any_work(tmp_path):
         quantize("no/such-model", tmp_path / "out")
     assert left_in(tmp_path / "out") == ["precious"]
     with pytest.raises(ValueError, match="output is not a folder"):
-        CheckpointWriter(tmp_path / "out" / "precious")
+        check_destination(tmp_path / "out" / "precious")
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="half way"), CheckpointWriter(tmp_path / "deep" / "out") as writer:
-        writer.add({"a": torch.zeros(10)})
-        writer._write_shard()
-        assert len(left_in(tmp_path / "deep")) == 1
-        raise RuntimeError("half way")
-    assert left_in(tmp_path / "deep") == []
-
-
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
-def test_an_interrupted_command_leaves_nothing(saved, text_file, tmp_path, signal):
-    """The command gets the signal while it rounds."""
-    code = f"""
-        import os, signal, sys
-        import rosaq.pipeline as pipeline
-        from rosaq_cli.app import main
-        round_block = pipeline.quantize_block
-        def interrupt(job, index, *rest):
-            if index == 1:
-                os.kill(os.getpid(), signal.{signal})
-            return round_block(job, index, *rest)
-        pipeline.quantize_block = interrupt
-        sys.argv = ["rosaq", "quantize", {str(saved("llama"))!r}, "-o", {str(tmp_path / "made" / "out")!r}, "--calibration", {str(text_file)!r},
-                    "--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]
-        main()
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert done.returncode == {"SIGINT": 130, "SIGTERM": 143}[signal], done.stderr
-    assert "Traceback" not in done.stderr
-    assert left_in(tmp_path / "made") == []
-
-
-def test_a_full_disk_half_way_leaves_nothing(saved, text_file, tmp_path):
-    """A limit on file size stands for the full disk: the write itself fails, in the writing library."""
-    original = saved("llama", vocab_size=97, intermediate_size=800)
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    command = [sys.executable, "-m", "rosaq", "quantize", str(original), "-o", str(tmp_path / "made" / "out"), "--calibration", str(text_file)]
-    options = ["--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "cannot be written" in done.stderr and str(tmp_path / "made" / "out") in done.stderr and "Traceback" not in done.stderr
-    assert left_in(tmp_path / "made") == []
-
-
-def test_a_destination_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"), CheckpointWriter(tmp_path / "file" / "out"):
-        pass
+@pytest.mark.parametrize("shard_bytes", [40, 10**9])
+def test_shards_are_what_the_library_would_write(tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr("rosaq.shard_files.SHARD_BYTES", shard_bytes)
+    types = {"b": torch.float16, "a.10": torch.int8, "a.2": torch.int32, "c": torch.bfloat16, "d": torch.float32, "e": torch.int8}
+    tensors = {name: torch.arange(3 + 2 * i).view(1, -1).to(dtype) for i, (name, dtype) in enumerate(types.items())}
+    shards = ShardFiles(tmp_path / "out", {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+    shards.create()
+    for name in reversed(tensors):
+        digest = shards.write({name: tensors[name]})
+        assert digest == shards.digest([name]) == hashlib.sha256(tensors[name].view(torch.uint8).numpy().tobytes()).hexdigest()
+    files = shards.finish()
+    held = {file: [name for name, place in shards.places.items() if place.file.name == file] for file in files}
+    assert (len(files) > 1) == (shard_bytes == 40) and {name for names in held.values() for name in names} == set(tensors)
+    for file, names in held.items():
+        wanted = save({name: tensors[name] for name in names}, {"format": "pt"})
+        assert (tmp_path / "out" / file).read_bytes() == wanted
+        assert files[file] == {"sha256": hashlib.sha256(wanted).hexdigest(), "bytes": len(wanted)}

@@ -12,12 +12,13 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import random_model, tokenizer
 from rosaq import Calibration, load_recipe, measure, open_source, quantize
 from rosaq.architecture import Architecture
 from rosaq.clock import no_progress
-from rosaq.comparison.experiment import Experiment, fingerprint, sized
+from rosaq.comparison.experiment import Cell, Experiment, fingerprint, sized
 from rosaq.comparison.measures import task_figures
 from rosaq.comparison.published import published
 from rosaq.comparison.results import Results
@@ -260,6 +261,31 @@ def test_zero_shot_tasks_for_the_first_seed_and_added_later(experiment, saved, t
     shown = [table.rows[1].figures[column].value for column in table.columns[2:]]
     assert shown[:-1] == [100 * score["accuracy"] for score in scores.values()] and shown[-1] == pytest.approx(sum(shown[:-1]) / 7)
     assert "Zero-shot: acc for WinoGrande and CSQA" in table.markdown()
+
+
+def test_the_console_has_80_columns(monkeypatch, capsys):
+    from rosaq_cli import screen
+
+    averages = {"accuracy": 0.25, "standard_error": 0.01, "questions": 10}
+    scores = {name: averages for name in ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "commonsense_qa", "openbookqa")}
+    figures = {
+        "wikitext2": {"perplexity": 12.345, "standard_error": 0.1, "windows": 3, "window_tokens": 32},
+        "csr": {"tasks": scores, "averages": {"csr": averages}},
+        "mmlu": {"tasks": {}, "averages": {name: averages for name in ("mmlu", "mmlu_humanities", "mmlu_stem", "mmlu_other")}},
+    }
+    recipe, calibration = load_recipe("rosaq-heads-concatenated"), {"samples": 2, "seq_len": 32, "text": "pile"}
+    cells = [
+        (Cell(recipe, seed, ("wikitext2", "csr", "mmlu")), {"bits_per_weight": 4.25, "figures": figures, "calibration": calibration})
+        for seed in (0, 1)
+    ]
+    table = make_table("a table", cells)
+    assert len(table.head()) == 16
+    monkeypatch.setattr(screen, "results", Console(width=80))
+    screen.show_table(table.title, *table.console())
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    row = next(line for line in shown.splitlines() if "INT4" in line)
+    assert [text.strip() for text in row.strip("│").split("│")] == ["INT4", recipe.name, "4.250", "12.35 ± 0.00", "25.00", "25.00"]
 
 
 def test_mmlu_columns():

@@ -7,20 +7,22 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # Level of each module; a sub-package counts as its files. What is not listed fails.
 LEVELS = {
     "rosaq.version": 0, "rosaq.layout": 0, "rosaq.packing": 0, "rosaq.recipe": 0, "rosaq.architecture": 0, "rosaq.clock": 0, "rosaq.device": 0,
-    "rosaq.hadamard": 0,
+    "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.hadamard": 0,
     "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
-    "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1,
+    "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1, "rosaq.memory": 1, "rosaq.activations": 1,
+    "rosaq.shard_files": 1, "rosaq.workfolder": 1,
     "rosaq.source": 2,
     "rosaq.kernels": 2,
-    "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
+    "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3, "rosaq.results": 3,
     "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4, "rosaq.curve": 4,
-    "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
-    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
-    "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
-    "rosaq.comparison": 7, "rosaq.inspection": 7,
-    "rosaq": 8,
-    "rosaq_cli": 9,
-    "rosaq.__main__": 10,
+    "rosaq.basis": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
+    "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
+    "rosaq.job": 7, "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 7,
+    "rosaq.pipeline": 8, "rosaq.inspection": 8,
+    "rosaq.benchmark.quantizing": 9, "rosaq.comparison": 9,
+    "rosaq": 10,
+    "rosaq_cli": 11,
+    "rosaq.__main__": 12,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
 SERVING = (
@@ -42,6 +44,7 @@ CALIBRATING = (
     "rosaq.rotation",
     "rosaq.rounding",
     "rosaq.learned",
+    "rosaq.job",
     "rosaq.pipeline",
 )
 

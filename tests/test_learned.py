@@ -109,7 +109,7 @@ def test_recipes_share_what_they_learn(saved, text_file, tmp_path, monkeypatch):
     statistics = measure(source, Calibration(str(text_file), 4, 32), "cpu")
     reports = [quantize(source, tmp_path / str(n), recipe(rounding=r), statistics, "cpu") for n, r in enumerate(("nearest", "gptq"))]
     assert len(statistics.learned) == 1 and reports[0].learning == reports[1].learning
-    monkeypatch.setattr("rosaq.pipeline.learn", lambda *_: pytest.fail("learned again"))
+    monkeypatch.setattr("rosaq.job.learn", lambda *_: pytest.fail("learned again"))
     quantize(source, tmp_path / "same", recipe(), statistics, "cpu")
     assert (tmp_path / "same" / "model.safetensors").read_bytes() == (tmp_path / "0" / "model.safetensors").read_bytes()
     with pytest.raises(pytest.fail.Exception, match="learned again"):

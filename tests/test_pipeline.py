@@ -72,7 +72,7 @@ def test_packed_model_equals_the_rounded_one(bits, family, saved, calibration, t
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
     plan = make_plan(recipe, source.architecture)
-    basis = residual_basis(statistics.inputs, recipe, "cpu")
+    basis = residual_basis(statistics.residual_moment(), recipe)
     rounded = full_model(source, torch.float32)
     head = (rounded.lm_head.weight * rounded.model.norm.weight) @ basis.float()
     rounded.model.embed_tokens.weight = torch.nn.Parameter(rounded.model.embed_tokens.weight @ basis.float())
@@ -144,7 +144,7 @@ def test_the_same_command_gives_the_same_bytes(recipe, saved, calibration, tmp_p
 
 
 def test_shards_and_index(saved, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr("rosaq.checkpoint.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("rosaq.shard_files.SHARD_BYTES", 20_000)
     original = saved("llama")
     quantize(str(original), tmp_path / "many", small("rosaq-paper"), calibration, "cpu")
     monkeypatch.undo()

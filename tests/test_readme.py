@@ -1,5 +1,6 @@
 """README cannot drift: its commands exist and take the options that it names, its code runs, its trees are the tree."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -30,10 +31,9 @@ def commands() -> list[tuple[str, list[str]]]:
 def options():
     """Options of each rosaq command, from its help."""
     found = {}
+    environment = {"COLUMNS": "200", "PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     for command in ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
-        help_text = subprocess.run(
-            [sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
-        )
+        help_text = subprocess.run([sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
     return found
 
@@ -88,15 +88,14 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "vllm_layers.py",
         "shards.py",
         "perplexity.py",
+        "quantizing.py",
         "zeroshot.py",
         "tasks.py",
         "likelihood.py",
         "kernels.py",
         "experiment.py",
-        "results.py",
         "measures.py",
         "worker.py",
-        "run.py",
         "table.py",
         "published.py",
         "observation.py",

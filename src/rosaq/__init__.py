@@ -5,8 +5,9 @@ Importing it registers the checkpoint format with transformers, which has no oth
 
 from rosaq.calibration import Calibration
 from rosaq.engines.transformers import register as _register
-from rosaq.pipeline import Report, quantize
+from rosaq.pipeline import quantize
 from rosaq.recipe import Recipe, load_recipe, shipped_recipes
+from rosaq.run import Means, Report
 from rosaq.source import Source, open_source
 from rosaq.statistics import Statistics, measure
 from rosaq.version import __version__
@@ -15,6 +16,7 @@ _register()
 
 __all__ = [
     "Calibration",
+    "Means",
     "Recipe",
     "Report",
     "Source",

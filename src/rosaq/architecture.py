@@ -78,14 +78,37 @@ class Architecture:
         if family is None:
             raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; known are {known}")
         classes = config.architectures or [family.causal_lm]
+        if not isinstance(classes, list):
+            raise ValueError(f"{name}: config.json's architectures is {classes!r}; it must be a list of names")
         if family.causal_lm not in classes:
             raise ValueError(f"{name}: architecture {classes[0]!r} is not a causal language model; known are {known}")
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_size = getattr(config, "head_dim", None)
+        if head_size is None:
+            heads = config.num_attention_heads
+            if type(heads) is not int or type(config.hidden_size) is not int or heads < 1:
+                raise ValueError(
+                    f"{name}: config.json has {heads!r} attention heads and {config.hidden_size!r} channels; both must be positive whole numbers"
+                )
+            head_size = config.hidden_size // heads
         return cls(
             family, config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
             config.num_key_value_heads, head_size, config.vocab_size, bool(config.tie_word_embeddings),
             config.max_position_embeddings,
-        )  # fmt: skip
+        ).checked(name)  # fmt: skip
+
+    def checked(self, name: str) -> "Architecture":
+        """Itself, if its sizes are sizes.
+
+        Raises:
+            ValueError: a size is no positive whole number, or the heads do not form equal groups.
+        """
+        for size in ("hidden", "intermediate", "layers", "heads", "kv_heads", "head_size", "vocabulary", "context"):
+            value = getattr(self, size)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: config.json's number for {size} is {value!r}; it must be a positive whole number")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{name}: {self.heads} attention heads do not form equal groups for {self.kv_heads} key-value heads")
+        return self
 
     def shape(self, role: str) -> tuple[int, int]:
         """(outputs N, inputs K) of a block's linear layer."""
@@ -94,6 +117,14 @@ class Architecture:
             "q": (attention, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, attention),
             "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate),
         }[role]  # fmt: skip
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by its name within a block."""
+        module, _, part = name.rpartition(".")
+        for role, linear in LINEARS.items():
+            if module == linear:
+                return self.shape(role) if part == "weight" else self.shape(role)[:1]
+        return (self.head_size,) if name in HEAD_NORMS else (self.hidden,)
 
     def width(self, site: str) -> int:
         """Input channels of a site."""

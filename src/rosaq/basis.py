@@ -110,21 +110,48 @@ class Bases:
     heads: torch.Tensor | None = None
 
 
-def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
-    """The moment (D, D) that one basis for the whole residual stream is taken from.
+class ResidualSum:
+    """The moment (D, D) that one basis for the whole residual stream is taken from, summed block by block in float64.
 
     The mean over all attn_in and mlp_in sites, each divided by its trace so that none counts for more than another.
+
+    Attributes:
+        total: sum so far, None before the first block.
+        sites: how many are in it.
     """
-    total, sites = None, 0
-    for inputs in blocks:
+
+    def __init__(self, total: torch.Tensor | None = None, sites: int = 0) -> None:
+        """Begin with nothing, or go on from a sum."""
+        self.total, self.sites = total, sites
+
+    def add(self, inputs: BlockInputs) -> None:
+        """Take one block's sites in."""
         for site in SITE_NORM:
             moment = inputs[site].moment
             assert moment is not None
             share = moment.double() / moment.double().trace()
-            total = share if total is None else total + share
-            sites += 1
-    assert total is not None
-    return total / sites
+            self.total = share if self.total is None else self.total + share
+            self.sites += 1
+
+    def moment(self) -> torch.Tensor:
+        """The mean (D, D)."""
+        assert self.total is not None
+        return self.total / self.sites
+
+
+def residual_moment(blocks: Iterable[BlockInputs]) -> torch.Tensor:
+    """The moment (D, D) of `ResidualSum` over all blocks."""
+    total = ResidualSum()
+    for inputs in blocks:
+        total.add(inputs)
+    return total.moment()
+
+
+def kept_inputs(inputs: BlockInputs, recipe: Recipe) -> BlockInputs:
+    """What rounding still needs of a block's inputs: moments of the residual sites only where each has its own basis."""
+    if recipe.rotation == "per-layer":
+        return inputs
+    return {site: replace(kept, moment=None) if site in SITE_NORM else kept for site, kept in inputs.items()}
 
 
 def draw_bases(recipe: Recipe, architecture: Architecture) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -139,11 +166,9 @@ def draw_bases(recipe: Recipe, architecture: Architecture) -> tuple[torch.Tensor
     return residual, None if heads is None else heads.view(a.layers, a.kv_heads, a.head_size, a.head_size)
 
 
-def residual_basis(inputs: Iterable[BlockInputs], recipe: Recipe, device: torch.device | str) -> torch.Tensor | None:
-    """The basis (D, D) of the whole residual stream where the recipe has one for all layers, else None."""
-    if recipe.rotation != "global":
-        return None
-    return _principal_axes(residual_moment(inputs).to(device), recipe, recipe.salient)
+def residual_basis(moment: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The basis (D, D) of the whole residual stream, by its moment as `ResidualSum` has it, for the rotation "global"."""
+    return _principal_axes(moment, recipe, recipe.salient)
 
 
 def _principal_axes(moment: torch.Tensor, recipe: Recipe, salient: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from rosaq.source import Source
 
 
 def model_card(source: Source, report: Any) -> str:
-    """Markdown with the recipe, the measured sizes and times, and how to load it.
+    """Markdown with the recipe, the sizes, and how to load it; no times, so that the same run gives the same bytes.
 
     Args:
         source: the model that was quantized.
@@ -17,7 +17,6 @@ def model_card(source: Source, report: Any) -> str:
     on_hub = source.name.count("/") == 1 and not source.name.startswith((".", "/"))
     base = f"base_model: {source.name}\nbase_model_relation: quantized\n" if on_hub else ""
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items() if key not in ("name", "description"))
-    stages = "\n".join(f"| {stage} | {seconds:.1f} |" for stage, seconds in report.seconds.items())
     return f"""---
 library_name: transformers
 tags:
@@ -47,13 +46,5 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {rows}
 
 Calibrated on {calibration["samples"]} windows of {calibration["seq_len"]} tokens of `{calibration["text"]}`
-(seed {calibration.get("seed")}; SHA-256 of the token ids {calibration["windows_sha256"]}).
-
-## Run
-
-| stage | seconds |
-| --- | --- |
-{stages}
-
-Device {report.device}; peak host memory {report.peak_host_bytes / 2**30:.2f} GiB, peak device memory {report.peak_device_bytes / 2**30:.2f} GiB.
+on {report.device} (seed {calibration.get("seed")}; SHA-256 of the token ids {calibration["windows_sha256"]}).
 """

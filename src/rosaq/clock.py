@@ -15,18 +15,39 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class Clock:
-    """Seconds of each stage, by name, in the order that they ran; use as `with clock("stage"):`."""
+    """Seconds of each stage, by name, in the order that they began; use as `with clock("stage"):`.
 
-    def __init__(self) -> None:
+    A stage within a stage stops the outer one's time, so the seconds of all add up to the time that passed. A stage
+    that runs again adds to its time. On a CUDA device a stage ends when its kernels have.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         """Begin with no stage."""
         self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+        self._device = device
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time one stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self._turn()
+        self._running.append(stage)
+        self.seconds.setdefault(stage, 0.0)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._running.pop()
+
+    def _turn(self) -> None:
+        """Give the time since the last turn to the stage that was running."""
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
 
 
 def peak_memory(device: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rosaq.checkpoint import MANIFEST
-from rosaq.source import read_json
+from rosaq.safetensors_folder import read_json
 
 
 def plot_learning(checkpoints: list[str | Path], file: str | Path) -> None:

@@ -6,8 +6,8 @@ key-value head) change; embedding and lm_head are not rounded meanwhile. Shape l
 H key-value heads, E head size, S windows, B windows of a batch, T tokens, V vocabulary.
 """
 
+import json
 import math
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +40,29 @@ class Learned:
         residual: R1 (D, D), float64, on the CPU.
         heads: R2 (L, H, E, E), float64, on the CPU; None where the heads keep their own basis.
         record: JSON-able: `losses` of the steps, each on its batch before the step, in nats per token;
-            `held_out_before` and `held_out_after` on windows that were not learned from; numbers of windows; seconds;
+            `held_out_before` and `held_out_after` on windows that were not learned from; numbers of windows;
             `orthogonality_error`, the largest |R^T R - I|.
     """
 
     residual: torch.Tensor
     heads: torch.Tensor | None
     record: dict[str, Any]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it as tensors by name, to be kept in a file."""
+        record = torch.tensor(list(json.dumps(self.record).encode()), dtype=torch.uint8)
+        heads = {} if self.heads is None else {"heads": self.heads}
+        return {"residual": self.residual, "record": record, **heads}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Learned":
+        """What `tensors` gave."""
+        return cls(tensors["residual"], tensors.get("heads"), json.loads(bytes(tensors["record"].tolist())))
+
+
+def learning_key(recipe: Recipe) -> tuple[Any, ...]:
+    """What tells the rotations apart that are learned for a model from the same windows."""
+    return tuple(getattr(recipe, name) for name in DEPENDS_ON)
 
 
 class QuantizedModel:
@@ -127,7 +143,6 @@ def learn(
     Raises:
         ValueError: fewer than two windows, or a loss that is not finite.
     """
-    began = time.perf_counter()
     if len(windows) < 2:
         raise ValueError(
             f"a rotation cannot be learned from {len(windows)} calibration window; one is learned from and one kept aside: give --samples 2"
@@ -158,7 +173,6 @@ def learn(
     record = {
         "losses": losses, "held_out_before": before, "held_out_after": after, "windows": len(training), "held_out_windows": kept,
         "batch_windows": min(BATCH, len(training)), "orthogonality_error": max(_error(basis) for basis in (residual, heads) if basis is not None),
-        "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
     return Learned(residual.cpu(), None if heads is None else heads.cpu(), record)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rosaq.architecture import EMBEDDING, HEAD, LINEARS, NORMS, SITE_NORM, SITE_OF, Architecture
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, SITE_NORM, SITE_OF, Architecture
 from rosaq.hadamard import hadamard_factors
 from rosaq.layout import LinearLayout
 from rosaq.recipe import ABSORBED, Recipe
@@ -113,6 +113,34 @@ def _check_down_rotation(recipe: Recipe, a: Architecture) -> None:
             raise ValueError(f"down_rotation is 'hadamard', but {error}; the model needs down_rotation 'none'") from error
 
 
-def expected_tensors(layout: LinearLayout, module: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Full names of a module's stored tensors, with shape and type."""
-    return {f"{module}.{name}": form for name, form in layout.tensors().items()}
+def block_forms(plan: Plan, a: Architecture, names: list[str], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every stored tensor of a decoder block, by its name within the block.
+
+    Args:
+        plan: the plan.
+        a: the model's sizes.
+        names: of the source's tensors within the block.
+        dtype: type of what is not quantized.
+    """
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for role, module in LINEARS.items():
+        forms |= {f"{module}.{name}": form for name, form in plan.linears[role].tensors().items()}
+    for norm in plan.rotated_norms:
+        forms[f"{norm}.rotation"] = ((a.hidden, a.hidden), torch.float16)
+    for module in plan.rotated_inputs:
+        forms[f"{module}.rotation"] = ((a.width("attn_out"), a.width("attn_out")), torch.float16)
+    for name in names:
+        if name.rpartition(".")[0] not in LINEARS.values():
+            forms[name] = (a.tensor_shape(name), dtype)
+    return forms
+
+
+def table_forms(plan: Plan, a: Architecture, dtype: torch.dtype) -> dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Shape and type of every stored tensor outside the decoder blocks, by module and full name."""
+    forms: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {FINAL_NORM: {f"{FINAL_NORM}.weight": ((a.hidden,), dtype)}}
+    for module in (EMBEDDING,) if plan.tied else (EMBEDDING, HEAD):
+        if module in plan.tables:
+            forms[module] = {f"{module}.{name}": form for name, form in plan.tables[module].tensors().items()}
+        else:
+            forms[module] = {f"{module}.weight": ((a.vocabulary, a.hidden), dtype)}
+    return forms

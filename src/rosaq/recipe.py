@@ -199,7 +199,10 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = Path(name_or_path)
         if not path.is_file():
             raise ValueError(f"{path}: no such recipe file")
-        text, origin = path.read_text(encoding="utf-8"), str(path)
+        try:
+            text, origin = path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a TOML file: {error}") from error
     elif name_or_path in shipped_recipes():
         text, origin = resources.files("rosaq").joinpath("recipes", f"{name_or_path}.toml").read_text(encoding="utf-8"), name_or_path
     else:

@@ -1,6 +1,6 @@
 """transformers' model of a source, without its weights or with them: one decoder block at a time, or whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def meta_model(config: Any) -> Any:
 def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole source model with its weights in `dtype`: for evaluation and self-calibration of what fits."""
     names = {f"{EMBEDDING}.weight": source.embedding, f"{FINAL_NORM}.weight": source.final_norm, f"{HEAD}.weight": source.head}
-    # Copied, because the source's tensors are its file's map: a change in place would be seen by every later read.
+    # Copied, because a source may hold its tensors: a change in place would be seen by every later read.
     state = {name: read().to(device, dtype, copy=True) for name, read in names.items()}
     for index in range(source.architecture.layers):
         prefix = source.architecture.block_prefix(index)
@@ -64,10 +64,11 @@ class BlockRunner:
     blocks' place, so nothing about a family's attention is repeated here.
     """
 
-    def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str) -> None:
-        """Prepare for windows of `seq_len` tokens, in `dtype` on `device`."""
-        self._dtype, self._device = dtype, device
+    def __init__(self, config: Any, seq_len: int, dtype: torch.dtype, device: str, change: Callable[[Any], object] = lambda model: None) -> None:
+        """Prepare for windows of `seq_len` tokens, in `dtype` on `device`, after a change to the model's modules."""
+        self._dtype = dtype
         model = meta_model(config)
+        change(model)
         _materialize_rotary(model, device)
         self._blocks = list(model.model.layers)
         recorders = [_Recorder() for _ in self._blocks]
@@ -78,9 +79,13 @@ class BlockRunner:
         self._arguments = [recorder.arguments for recorder in recorders]
 
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-        """Block `index` on the device with these weights, by their names in the block."""
+        """Block `index` with these weights, on the device and in the type, by their names in the block."""
         block = self._blocks[index]
-        block.load_state_dict({name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()}, assign=True)
+        try:
+            block.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            told = " ".join(str(error).split("\n\t")[-1].split())
+            raise ValueError(f"decoder block {index}: config.json and the tensors do not fit together: {told}") from error
         return block
 
     def run(self, index: int, x_BTD: torch.Tensor) -> torch.Tensor:

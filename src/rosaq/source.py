@@ -1,12 +1,13 @@
 """The model to be quantized: config, tokenizer, and its tensors one at a time.
 
-Tensors come from memory-mapped safetensors (a Hugging Face folder or hub id) or a memory-mapped GGUF file, one decoder
-block at a time; no pickle is ever loaded.
+Tensors come from safetensors (a Hugging Face folder or hub id) or a memory-mapped GGUF file, one decoder block at a
+time; no pickle is ever loaded, and no code that comes with a model.
 """
 
-import json
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
+from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, Architecture
 from rosaq.gguf_file import GgufTensors
+from rosaq.safetensors_folder import SafetensorsFolder, read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+HUB_SECOND_COPIES = ["consolidated*", "original/*"]  # of the weights, as their publisher's own code reads them
+READERS = 4  # threads that read the tensors of the next block
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Source:
         architecture: its sizes.
         tensors: name -> tensor; reading is lazy for safetensors.
         dtype: type that unquantized tensors of the checkpoint are stored in.
+        tokenizer: transformers' tokenizer, or None where the model has none.
+        generation_config: transformers' defaults for generation, or None.
+        files: that the tensors are read from.
+        half: the model itself is in float16 or bfloat16.
     """
 
     name: str
@@ -42,24 +49,56 @@ class Source:
     dtype: torch.dtype
     tokenizer: Any = field(repr=False, default=None)
     generation_config: GenerationConfig | None = field(repr=False, default=None)
+    files: tuple[Path, ...] = field(repr=False, default=())
+    half: bool = False
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, checked to be finite.
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU.
 
         Raises:
-            ValueError: the tensor is missing, not of a floating type, or holds NaN or Inf; names it.
+            ValueError: the tensor is missing, cannot be read, or is not of a floating type; names it.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.name}: tensor {name!r} is missing")
         tensor = self.tensors[name]
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(f"{self.name}: tensor {name!r} is of type {tensor.dtype}; only float16, bfloat16 and float32 weights can be quantized")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{self.name}: tensor {name!r} holds NaN or Inf")
         return tensor
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
-        """All tensors of decoder block `index`, by their name within the block."""
+    def check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse NaN and Inf in tensors, by full name, wherever they lie.
+
+        Raises:
+            ValueError: a tensor holds NaN or Inf; names it.
+        """
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
+        for name, good in zip(tensors, finite.tolist(), strict=True):
+            if not good:
+                raise ValueError(f"{self.name}: tensor {name!r} holds NaN or Inf")
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """One tensor, on the CPU, checked to be finite and, where it is given, of this shape.
+
+        Raises:
+            ValueError: the tensor is missing, not of a floating type, of another shape, or holds NaN or Inf; names it.
+        """
+        tensor = self.read(name)
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"{self.name}: tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
+        self.check_finite({name: tensor})
+        return tensor
+
+    def biases(self) -> frozenset[str]:
+        """Roles whose linear layer has a bias, in the first decoder block."""
+        prefix = self.architecture.block_prefix(0)
+        return frozenset(role for role, module in LINEARS.items() if f"{prefix}{module}.bias" in self.tensors)
+
+    def block_names(self, index: int) -> list[str]:
+        """Full names of the tensors of decoder block `index`.
+
+        Raises:
+            ValueError: one is missing or unknown; names it.
+        """
         prefix = self.architecture.block_prefix(index)
         names = [name for name in self.tensors if name.startswith(prefix)]
         for required in self.architecture.required():
@@ -69,105 +108,79 @@ class Source:
         for name in names:
             if name.removeprefix(prefix) not in known and not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{self.name}: tensor {name!r} is unknown in a {self.architecture.family.model_type} block")
-        return {name.removeprefix(prefix): self.tensor(name) for name in names if not name.endswith("rotary_emb.inv_freq")}
+        return [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+
+    def block(self, index: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """All tensors of decoder block `index`, by their name within the block, on a device."""
+        return next(iter(self.blocks([index], device)))
+
+    def blocks(self, indices: Iterable[int], device: str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of these decoder blocks, one block after the other, on a device; the next block is read meanwhile.
+
+        Host memory: two blocks.
+
+        Raises:
+            ValueError: as `tensor`; names the tensor.
+        """
+        pinned = device.startswith("cuda")
+        with ThreadPoolExecutor(READERS) as pool:
+            ahead: tuple[int, dict[str, Future[torch.Tensor]]] | None = None
+            for index in [*indices, None]:
+                begun = None if index is None else (index, {n: pool.submit(self._read_ahead, n, pinned) for n in self.block_names(index)})
+                if ahead is not None:
+                    yield self._arrived(*ahead, device)
+                ahead = begun
+
+    def _read_ahead(self, name: str, pinned: bool) -> torch.Tensor:
+        tensor = self.read(name)
+        return tensor.pin_memory() if pinned else tensor
+
+    def _arrived(self, index: int, reading: dict[str, "Future[torch.Tensor]"], device: str) -> dict[str, torch.Tensor]:
+        tensors = {name: future.result().to(device, non_blocking=True) for name, future in reading.items()}
+        prefix = self.architecture.block_prefix(index)
+        for name, tensor in tensors.items():
+            wanted = self.architecture.tensor_shape(name.removeprefix(prefix))
+            if tensor.shape != wanted:
+                raise ValueError(f"{self.name}: tensor {name!r} has shape {tuple(tensor.shape)}; config.json asks for {wanted}")
+        self.check_finite(tensors)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def check_names(self) -> None:
+        """Refuse tensors that a model of these sizes does not have, such as blocks behind the last one.
+
+        Raises:
+            ValueError: there is one; names it.
+        """
+        known = {f"{module}.weight" for module in (EMBEDDING, FINAL_NORM, HEAD)}
+        for name in self.tensors:
+            block = re.match(r"model\.layers\.(\d+)\.", name)
+            if name not in known and (block is None or str(int(block[1])) != block[1] or int(block[1]) >= self.architecture.layers):
+                raise ValueError(f"{self.name}: tensor {name!r} has no place in a model of {self.architecture.layers} blocks")
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another: a hash of its config; name, size and time of every file."""
+        files = {file.name: f"{file.stat().st_size} bytes, changed {file.stat().st_mtime_ns}" for file in self.files}
+        return {"config": hashlib.sha256(self.config.to_json_string().encode()).hexdigest(), "files": files, "tensors": len(self.tensors)}
 
     def embedding(self) -> torch.Tensor:
         """Embedding table (vocabulary, hidden)."""
-        return self.tensor(f"{EMBEDDING}.weight")
+        return self.tensor(f"{EMBEDDING}.weight", (self.architecture.vocabulary, self.architecture.hidden))
 
     def head(self) -> torch.Tensor:
         """Weight of lm_head (vocabulary, hidden); the embedding table itself in a tied model."""
-        return self.embedding() if self.architecture.tied else self.tensor(f"{HEAD}.weight")
+        if self.architecture.tied:
+            return self.embedding()
+        return self.tensor(f"{HEAD}.weight", (self.architecture.vocabulary, self.architecture.hidden))
 
     def final_norm(self) -> torch.Tensor:
         """Weight of the norm before lm_head (hidden,)."""
-        return self.tensor(f"{FINAL_NORM}.weight")
+        return self.tensor(f"{FINAL_NORM}.weight", (self.architecture.hidden,))
 
     def parameters(self) -> int:
         """Weights of the model, a tied table counted once."""
         a = self.architecture
-        block = sum(torch.Size(a.shape(role)).numel() for role in ("q", "k", "v", "o", "gate", "up", "down")) + 2 * a.hidden
+        block = sum(torch.Size(a.shape(role)).numel() for role in LINEARS) + 2 * a.hidden
         return block * a.layers + a.vocabulary * a.hidden * (1 if a.tied else 2) + a.hidden
-
-
-class SafetensorsFolder(Mapping[str, torch.Tensor]):
-    """The tensors of a folder's safetensors files, read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open every file, memory-mapped, and index the names.
-
-        Raises:
-            ValueError: no safetensors file, a file that the index names is missing, or one is truncated or corrupt.
-        """
-        self._handles: dict[str, tuple[Path, Any]] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted({safe_member(folder, name) for name in read_json(index).get("weight_map", {}).values()})
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder}: no .safetensors file; pickled weights (.bin, .pt) are not read")
-        for file in files:
-            for name in (handle := open_safetensors(file)).keys():  # noqa: SIM118  (not a mapping)
-                self._handles[name] = (file, handle)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-        file, handle = self._handles[name]
-        try:
-            return handle.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: tensor {name!r} cannot be read: {error}") from error
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a tensor, without reading it."""
-        return name in self._handles
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of all tensors."""
-        return iter(self._handles)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._handles)
-
-
-def safe_member(folder: Path, name: str) -> Path:
-    """The path of a file that an index names, which must lie in the folder itself."""
-    if Path(name).name != name:
-        raise ValueError(f"{folder}: the index names {name!r}, which is not a plain file name")
-    if not (folder / name).is_file():
-        raise ValueError(f"{folder / name}: file is missing, though the index names it")
-    return folder / name
-
-
-def open_safetensors(file: Path) -> Any:
-    """Open one safetensors file, memory-mapped.
-
-    Raises:
-        ValueError: the file is truncated or corrupt; names it.
-    """
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file (truncated or corrupt): {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: missing, not JSON, or not an object; names the file.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def open_source(model: str) -> Source:
@@ -192,7 +205,7 @@ def open_source(model: str) -> Source:
 
 def _download(repository: str) -> Path:
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=HUB_SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{repository}: not a local path, and the hub did not give it: {str(error).splitlines()[0]}") from error
 
@@ -201,20 +214,25 @@ def _open_folder(folder: Path, name: str) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so this is not a model folder")
     raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{name}: already quantized ({raw['quantization_config'].get('quant_method')}); give the original model")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"{name}: already quantized ({method}); give the original model")
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so this is not a transformers model")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, by what is wrong
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
     architecture = Architecture.of(config, name)
     tensors = SafetensorsFolder(folder)
-    dtype = tensors[f"{EMBEDDING}.weight"].dtype if f"{EMBEDDING}.weight" in tensors else torch.float16
+    place = tensors.places.get(f"{EMBEDDING}.weight")
+    dtype = torch.float16 if place is None else place.dtype
     has_generation = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
-    return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation)
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
+    except Exception as error:
+        raise ValueError(f"{folder / 'generation_config.json'}: transformers cannot read it: {_first_line(error)}") from error
+    return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation, tuple(tensors.files), _stored(dtype) == dtype)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -233,7 +251,7 @@ def _open_gguf(path: Path) -> Source:
     architecture = Architecture.of(config, str(path))
     config.architectures = [architecture.family.causal_lm]
     tensors = GgufTensors(path, architecture.heads, architecture.kv_heads)
-    return Source(str(path), config, architecture, tensors, torch.float16, tokenizer, GenerationConfig.from_model_config(config))
+    return Source(str(path), config, architecture, tensors, torch.float16, tokenizer, GenerationConfig.from_model_config(config), (path,))
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
@@ -246,5 +264,9 @@ def _tokenizer(folder: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

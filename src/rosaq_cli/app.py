@@ -1,7 +1,8 @@
 """`rosaq`: its commands, and what happens when one of them fails.
 
 Exit codes: 0 done; 1 something that the user gave is wrong, said in one sentence; 2 the command line itself is wrong;
-130 interrupted (Ctrl-C); 143 terminated. Whatever the code, nothing half-written is left behind.
+130 interrupted (Ctrl-C); 143 terminated. Whatever the code, nothing half-written has the output's name; what can be
+continued is in a hidden folder beside it, and the message says so.
 """
 
 import os
@@ -53,12 +54,32 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 def main() -> None:
     """Run the command line; the entry point `rosaq`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about its own options, not ours
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished output is removed
+    signal.signal(signal.SIGINT, _stop)  # not as KeyboardInterrupt, which the library of the command line ends without a word
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except (ValueError, MemoryError, NotImplementedError) as error:
-        errors.print(f"rosaq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(str(error), error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("rosaq: interrupted; nothing was left behind", style="red", markup=False)
-        sys.exit(130)
+    except Stopped as error:
+        _say("interrupted" if error.number == signal.SIGINT else "terminated", error)
+        sys.exit(128 + error.number)
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        """Which signal."""
+        super().__init__()
+        self.number = number
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
+def _say(what: str, error: BaseException) -> None:
+    """One sentence, with what a stage that the error passed had to add."""
+    told = "; ".join([what or type(error).__name__, *getattr(error, "__notes__", [])])
+    errors.print(f"rosaq: {told}", style="red", markup=False, highlight=False, soft_wrap=True)

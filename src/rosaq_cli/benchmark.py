@@ -1,10 +1,11 @@
 """`rosaq benchmark`: measurements against peers in the same run."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from rosaq_cli.screen import show_json
+from rosaq_cli.screen import show_json, show_table, stage_bars
 
 app = typer.Typer(help="Time rosaq against its peers in one run.", no_args_is_help=True)
 
@@ -32,3 +33,56 @@ def kernels(
     rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
     if json_output:
         show_json({"rows": rows})
+
+
+@app.command()
+def quantize(
+    shape: Annotated[str, typer.Argument(help="llama-2-7b, llama-3-8b, llama-2-70b, llama-3-70b or tiny.", show_default=False)],
+    folder: Annotated[Path, typer.Option(help="Folder on the disk to measure; the random model stays in it.", show_default=False)],
+    blocks: Annotated[int | None, typer.Option(help="Make so many of the model's blocks only, and extrapolate.", show_default="all")] = None,
+    recipe: Annotated[str, typer.Option(help="Shipped recipe or a .toml file.")] = "rosaq-paper",
+    group_size: Annotated[int | None, typer.Option(help="Channels that share a scale.", show_default="recipe's")] = None,
+    salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
+    salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows, of random tokens.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
+    warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="Host memory to stay under, such as 8GiB.", show_default="what is free")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time quantization from shards on disk to a checkpoint on disk: random weights of a real shape, each stage's share.
+
+    Several GPUs: torchrun --nproc-per-node N -m rosaq benchmark quantize ...
+    """
+    from rosaq.benchmark.quantizing import Case, benchmark_quantize
+    from rosaq.device import resolve_device
+    from rosaq.distributed import current_ranks, joined
+    from rosaq.memory import parse_size
+    from rosaq.recipe import load_recipe
+    from rosaq.run import Means
+
+    chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head)
+    case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
+    with joined(device) as own_device:
+        first = current_ranks().first
+        with stage_bars(json_output or not first) as progress:
+            figures = benchmark_quantize(case, folder, chosen, resolve_device(own_device), means, progress)
+    if first and json_output:
+        show_json(figures)
+    elif first:
+        _show_stages(figures)
+
+
+def _show_stages(figures: dict[str, Any]) -> None:
+    report, seconds, all_blocks = figures["report"], figures["report"]["seconds"], figures["seconds_of_all_blocks"]
+    rows = [[stage, f"{time:.2f}", f"{100 * time / sum(seconds.values()):.1f} %", f"{all_blocks[stage]:.1f}"] for stage, time in seconds.items()]
+    rows.append(["in all", f"{sum(seconds.values()):.2f}", "", f"{sum(all_blocks.values()):.1f}"])
+    part, whole = figures["blocks"], figures["blocks_of_model"]
+    cached = "cached" if figures["warm"] else "not cached"
+    tokens = f"{figures['tokens'][0]} x {figures['tokens'][1]} tokens"
+    title = f"{figures['shape']}, {part} of {whole} blocks, {report['recipe']['name']}, {tokens}, files {cached}"
+    column = f"s, all {whole} blocks" + (", extrapolated" if part < whole else "")
+    show_table(f"{title}; {figures['ranks']} x {figures['hardware']}", ["stage", "s", "share", column], rows)
+    peaks = [["device", report["peak_device_bytes"]], ["host", report["peak_host_bytes"]]]
+    show_table(f"Activations kept: {report['activations']}", ["peak memory", "GiB"], [[name, f"{size / 2**30:.2f}"] for name, size in peaks])

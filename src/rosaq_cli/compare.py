@@ -63,7 +63,7 @@ def compare(
     if json_output:
         show_json({"cells": {cell.name: values for cell, values in measured}})
     else:
-        show_table(table.title, table.head(), table.lines())
+        show_table(table.title, *table.console())
         results.print(f"{output / 'table.md'}, table.csv, table.html", highlight=False, soft_wrap=True)
 
 

@@ -21,16 +21,32 @@ def quantize(
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Host memory to stay under, such as 8GiB: activations go to disk where needed.", show_default="what is free")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over instead of going on where an earlier run with this output ended.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no table.")] = False,
 ) -> None:
-    """Quantize a model into a checkpoint that transformers loads."""
-    from rosaq import Calibration, load_recipe
+    """Quantize a model into a checkpoint that transformers loads.
+
+    A run that ended early goes on where it was when the same command is given again. Several GPUs or machines:
+    torchrun --nproc-per-node N -m rosaq quantize ...
+    """
+    from rosaq import Calibration, Means, load_recipe
     from rosaq import quantize as run
+    from rosaq.distributed import current_ranks, joined
+    from rosaq.memory import parse_size
 
     chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, salient=salient, salient_per_head=salient_per_head)
-    with stage_bars(quiet or json_output) as progress:
-        report = run(model, output, chosen, Calibration(calibration, samples, seq_len, seed), device, progress=progress)
+    means = Means(None if max_memory is None else parse_size(max_memory), force)
+    text = Calibration(calibration, samples, seq_len, seed)
+    with joined(device) as own_device:
+        first = current_ranks().first
+        with stage_bars(quiet or json_output or not first) as progress:
+            report = run(model, output, chosen, text, own_device, progress, means)
+    if not first:
+        return
     if json_output:
         show_json(vars(report))
     elif not quiet:
@@ -44,4 +60,7 @@ def quantize(
         ]
         if report.peak_device_bytes:
             rows.append(["peak device memory", f"{report.peak_device_bytes / 2**30:.2f} GiB"])
+        rows.append(["activations kept", {"device": "on the device", "host": "in host memory", "disk": "on disk"}.get(report.activations, "")])
+        if report.resumed_blocks:
+            rows.append(["from an earlier run", f"{report.resumed_blocks} blocks"])
         show_table(f"{output}: {chosen.name}", ["", "measured"], rows)

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rosaq.calibration import Calibration
 from rosaq.evaluation.perplexity import WIKITEXT2_FILE, WINDOW
 from rosaq.recipe import Recipe
+from rosaq.safetensors_folder import first_row, raw_bytes
 from rosaq.source import Source
 from rosaq.version import __version__
 
@@ -131,10 +130,9 @@ def fingerprint(source: Source) -> str:
     """SHA-256 over a model's sizes and the first row of each of its tensors: enough to tell models apart, quickly."""
     digest = hashlib.sha256(repr(source.architecture).encode())
     for name in sorted(source.tensors):
-        tensor = source.tensors[name]
-        row = tensor[0] if tensor.dim() > 1 else tensor
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+        shape, row = first_row(source.tensors, name)
+        digest.update(f"{name} {shape} {row.dtype}".encode())
+        digest.update(raw_bytes(row))
     return digest.hexdigest()
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rosaq.comparison.experiment import Cell, Experiment
-from rosaq.source import Source, read_json
+from rosaq.safetensors_folder import read_json
+from rosaq.source import Source
 
 COMMON = "comparison.json"
 PARTS = ("cells", "claims", "checkpoints")
@@ -108,13 +109,16 @@ class Results:
     def checkpoint(self, cell: Cell) -> Iterator[Path]:
         """Where a claimed cell's checkpoint goes; removed after the block, as is what an earlier process left there."""
         place = self.folder / "checkpoints" / cell.name
-        for left in (place, *place.parent.glob(f".{cell.name}.*")):
-            shutil.rmtree(left, ignore_errors=True)
+
+        def remove(*folders: Path) -> None:
+            for left in (*folders, *place.parent.glob(f".{cell.name}.*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+        remove(place)
         try:
             yield place
         finally:
-            if not self.keep:
-                shutil.rmtree(place, ignore_errors=True)
+            remove(*() if self.keep else (place,))
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"

@@ -12,6 +12,7 @@ from rosaq.comparison.measures import task_figures
 from rosaq.comparison.published import SOURCE, Published
 
 BITS_COLUMN, PERPLEXITY_COLUMN = "bits/weight", "WikiText-2 PPL"
+CONSOLE_COLUMNS = {BITS_COLUMN: "bits/\nweight", PERPLEXITY_COLUMN: "PPL", "average": "csr\naverage", "MMLU average": "MMLU\naverage"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Table:
     def lines(self) -> list[list[str]]:
         """The rows as text."""
         return [[row.section, row.method + (" (published)" if row.published else ""), *self._shown(row)] for row in self.rows]
+
+    def console(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of what 80 characters hold: of the zero-shot tasks the averages, without their spread."""
+        kept = [column for column in CONSOLE_COLUMNS if column in self.columns]
+        rows = []
+        for row, line in zip(self.rows, self.lines(), strict=True):
+            texts = [shown(column, row.figures.get(column)) for column in kept]
+            rows.append([*line[:2], *(text if column == PERPLEXITY_COLUMN else text.split(" ")[0] for column, text in zip(kept, texts, strict=True))])
+        return ["bits", "method", *(CONSOLE_COLUMNS[column] for column in kept)], rows
 
     def _shown(self, row: Row) -> list[str]:
         return [shown(column, row.figures.get(column)) for column in self.columns]

@@ -22,12 +22,14 @@ from rosaq.comparison.results import Results
 from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
 from rosaq.pipeline import quantize
+from rosaq.run import Means
 from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.statistics import Statistics, measure, moments_fit
 
 HELD_BYTES = 8 * 10**9  # a model that takes no more than this in float32 is read once and kept
 POLL_SECONDS = 0.5
+FRESH = Means(force=True)  # a cell is quantized as a whole or not at all, and never goes on with what another has left
 
 Announce = Callable[[str], None]
 
@@ -89,7 +91,7 @@ class Worker:
             return True
 
     def _measure(self, cell: Cell, tasks: tuple[str, ...]) -> None:
-        clock, begun = Clock(), time.perf_counter()
+        clock, begun = Clock(self.device), time.perf_counter()
         if self.device.startswith("cuda"):
             torch.cuda.init()  # the statistics of a device that nothing has touched yet cannot be reset
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -117,7 +119,7 @@ class Worker:
             return
         statistics = self._statistics(cell, clock)
         with self.results.checkpoint(cell) as place:
-            report = quantize(self.source, place, cell.recipe, statistics, self.device, self.progress)
+            report = quantize(self.source, place, cell.recipe, statistics, self.device, self.progress, FRESH)
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
                 model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")

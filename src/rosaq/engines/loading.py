@@ -11,6 +11,7 @@ from rosaq.device import resolve_device
 from rosaq.engines.dense import dense_fits, dense_model
 from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer, register
 from rosaq.linear import RosaqLinear
+from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.skeleton import full_model, meta_model
 from rosaq.source import open_source
 
@@ -31,7 +32,7 @@ def resolve_dtype(dtype: str, stored: torch.dtype, cpu: torch.dtype, device: str
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """Check a checkpoint's hashes, config and tensor names, shapes and types, without loading it.
+    """Check a checkpoint's hashes, config, tensor names, shapes and types, and that its numbers are finite; one tensor at a time.
 
     Returns:
         Its manifest.
@@ -47,6 +48,9 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
     model = meta_model(config)
     quantizer = RosaqQuantizer(RosaqConfig.from_dict(config.quantization_config))
     quantizer.preprocess_model(model, checkpoint_files=[str(folder / name) for name in manifest["files"]])
+    for name, tensor in SafetensorsFolder(folder).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder}: tensor {name!r} holds NaN or Inf")
     return manifest
 
 

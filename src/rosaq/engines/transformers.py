@@ -22,7 +22,7 @@ from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear, RotatedLinear
 from rosaq.norm import RotatedNorm
 from rosaq.recipe import Recipe
-from rosaq.source import open_safetensors
+from rosaq.safetensors_folder import open_safetensors
 
 METHOD = "rosaq"
 _TYPES = {"I32": torch.int32, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

@@ -11,13 +11,15 @@ from rosaq.architecture import LINEARS, SITE_OF
 from rosaq.checkpoint import verify
 from rosaq.clock import Progress, no_progress
 from rosaq.inspection.observation import Observation
+from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
-from rosaq.pipeline import Job, make_job, prepare, quantize_block
 from rosaq.recipe import Recipe
-from rosaq.source import SafetensorsFolder, Source
+from rosaq.rotation import Block
+from rosaq.safetensors_folder import SafetensorsFolder
+from rosaq.source import Source
 from rosaq.statistics import Statistics
 
-Stored = Callable[[int, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+Stored = Callable[[int, Block, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def recipe_errors(
     """
     job = make_job(source, recipe, statistics, device)
 
-    def stored(index: int, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return quantize_block(job, index, statistics.inputs[index], moments)
+    def stored(index: int, block: Block, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return quantize_block(job, index, block, statistics.inputs[index], moments)
 
     return _errors(job, statistics, observed, stored, every=every)
 
@@ -92,7 +94,7 @@ def checkpoint_errors(
         name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.linears[role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
             raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
-    errors = _errors(job, statistics, observed, lambda index, _: tensors, progress)
+    errors = _errors(job, statistics, observed, lambda index, *_: tensors, progress)
     worst = max(errors, key=lambda error: error.weight)
     if worst.weight > 1:
         raise ValueError(f"{folder}: {worst.role} of block {worst.block} is nothing like the original's, so it is not a checkpoint of {source.name}")
@@ -116,7 +118,8 @@ def _errors(
             continue
         moments = {site: moment.to(job.device) for site, moment in moments.items()}
         given = moments if needed else {}
-        prepared, tensors = prepare(job, index, statistics.inputs[index], given), stored(index, given)
+        block = job.source.block(index, job.device)
+        prepared, tensors = prepare(job, index, block, statistics.inputs[index], given), stored(index, block, given)
         turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
         prefix = job.source.architecture.block_prefix(index)
         for role, module in LINEARS.items():

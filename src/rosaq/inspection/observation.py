@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from rosaq.architecture import LINEARS, NORMS, SITE_NORM, SITES, Architecture
-from rosaq.basis import residual_moment
 from rosaq.clock import Progress
 from rosaq.rotation import principal_basis
 from rosaq.skeleton import full_model
@@ -102,7 +101,7 @@ def observe(source: Source, statistics: Statistics, device: str, progress: Progr
     """
     model = full_model(source, compute_dtype(source, device), device)
     gains = [_fold(layer) for layer in model.model.layers]
-    shared = principal_basis(residual_moment(statistics.inputs).to(device))[0].float()
+    shared = principal_basis(statistics.residual_moment().to(device))[0].float()
     sums = [
         {site: _Sums(_transforms(site, statistics.inputs[index][site].moment, gains[index].get(site), shared, source.architecture)) for site in SITES}
         for index in range(source.architecture.layers)

@@ -13,7 +13,8 @@ from rosaq.device import resolve_device
 from rosaq.inspection.channels import outliers, top_channels
 from rosaq.inspection.errors import checkpoint_errors
 from rosaq.inspection.observation import GLOBAL, HEADS, LOCAL, NORMALISED, OWN, Observation, observe
-from rosaq.source import Source, open_source, read_json
+from rosaq.safetensors_folder import read_json
+from rosaq.source import Source, open_source
 from rosaq.statistics import measure
 
 ROTATED = {"attn_in": GLOBAL, "mlp_in": GLOBAL, "attn_out": HEADS}  # what ROSAQ turns each site into

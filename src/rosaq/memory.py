@@ -1,0 +1,104 @@
+"""How much memory a run takes on the host, and where the activations go: device, pinned host memory or disk."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from rosaq.architecture import LINEARS, SITES, Architecture
+
+UNITS = {"": 1, "B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}}
+DEVICE_SHARE = 4  # activations stay on a GPU where they take at most so small a part of its free memory
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def parse_size(text: str) -> int:
+    """Bytes out of a size such as "2GiB", "500 MB" or "1073741824".
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise ValueError(f"size {text!r}; allowed is a number above 0 with a unit, such as 2GiB or 500MB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def available_bytes() -> int:
+    """Host memory that this process may still take: the machine's, or what is left to its control group."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the work itself takes at its peak beside the activations, in bytes, estimated from the sizes.
+
+    Attributes:
+        host: on the host.
+        activations: hidden states of all windows of this rank.
+    """
+
+    host: int
+    activations: int
+
+
+def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int], second_pass: bool, learning: tuple[int, int] = (0, 0)) -> Work:
+    """What quantizing takes.
+
+    Args:
+        a: the model's sizes.
+        device: where it is computed.
+        itemsize: bytes of a number that the blocks run in.
+        tokens: in all windows of this rank, and in one batch.
+        second_pass: whole second moments of all sites are made, a block at a time.
+        learning: tokens of a step and of a window, where rotations are learned: the whole model is in memory then.
+    """
+    weights = sum(torch.Size(a.shape(role)).numel() for role in LINEARS)
+    table = 2 * a.vocabulary * a.hidden * 2  # as read and as written
+    if device.startswith("cuda"):  # two blocks as read, their page-locked copies rounded up, one block as written
+        host = 2 * weights * 2 * 2 + weights + table
+    else:
+        widths = [a.width(site) for site in SITES] if second_pass else [a.hidden, a.hidden]
+        moments = sum(width**2 for width in widths) * 12 + (max(widths) ** 2 * 32 if second_pass else 0)
+        batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
+        blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
+        host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
+        if learning[0]:
+            model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
+            step = learning[0] * (a.layers * a.hidden + 16 * a.hidden + 8 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 3
+            host = max(host, model + step + weights * 4 * 6)
+    return Work(host, tokens[0] * a.hidden * itemsize)
+
+
+def place_activations(work: Work, device: str, limit: int | None) -> str:
+    """Where the activations fit: "device", "host" or "disk".
+
+    Args:
+        work: what the run takes.
+        device: where it is computed.
+        limit: host memory that the whole process may take; None: what is available now.
+
+    Raises:
+        ValueError: the limit is too small even with the activations on disk; says what is needed.
+    """
+    if device.startswith("cuda") and work.activations <= torch.cuda.mem_get_info(device)[0] // DEVICE_SHARE:
+        needed, place = 0, "device"
+    else:
+        needed, place = work.activations, "host"
+    room = available_bytes() if limit is None else limit - resident_bytes()
+    if room < work.host and limit is not None:
+        least = (resident_bytes() + work.host) / 2**30
+        raise ValueError(f"max-memory is {limit / 2**30:.2f} GiB, but this model takes about {least:.2f} GiB even with its activations on disk")
+    return place if work.host + needed <= room else "disk"

@@ -1,0 +1,147 @@
+"""A run: what its stages share, what it may take, what tells it from another, and what it reports."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosaq.calibration import Calibration
+from rosaq.clock import Clock, Progress
+from rosaq.distributed import Ranks
+from rosaq.learned import BATCH
+from rosaq.memory import estimate, place_activations
+from rosaq.moments import BATCH_TOKENS, Flow, own_windows
+from rosaq.plan import Plan
+from rosaq.recipe import Recipe
+from rosaq.source import Source
+from rosaq.statistics import Statistics, calibration_record, check_length, check_windows, compute_dtype, read_windows
+from rosaq.version import __version__
+from rosaq.workfolder import WorkFolder, tensors_hash
+
+SAMPLED_WINDOWS = "windows-self"  # record of the windows that were sampled from the model, which takes long
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a run may take, and what it does with the work of one that ended.
+
+    Attributes:
+        max_memory: host memory in bytes that the process may take, so that activations go to disk where they do not
+            fit; None: what the machine has free.
+        force: start over, whatever an earlier run with this output has done.
+    """
+
+    max_memory: int | None = None
+    force: bool = False
+
+
+@dataclass
+class Report:
+    """What a run did, JSON-able: sizes, time of each stage in seconds, peak memory in bytes.
+
+    Attributes:
+        recipe: all of its fields.
+        calibration: its settings, sizes, and a SHA-256 of its tokens.
+        device: "cpu" or "cuda".
+        bits_per_weight: of the decoder's linear layers.
+        checkpoint_bytes: of all tensors.
+        original_bytes: of the same model in FP16.
+        seconds: time of each stage of this process; they add up to the run's.
+        peak_host_bytes: of this process, as the operating system has it.
+        peak_device_bytes: of PyTorch on the GPU, 0 on the CPU.
+        activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
+        resumed_blocks: decoder blocks that an earlier run had rounded.
+        learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
+    """
+
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    device: str
+    bits_per_weight: float
+    checkpoint_bytes: int
+    original_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+    activations: str = ""
+    resumed_blocks: int = 0
+    learning: dict[str, Any] = field(default_factory=dict)
+
+    def lasting(self) -> dict[str, Any]:
+        """What is the same whenever and in how many goes the run is made: what the checkpoint says of it."""
+        names = ("recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
+        return {name: getattr(self, name) for name in (*names, *(["learning"] if self.learning else []))}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of a run shares.
+
+    Attributes:
+        source: the model.
+        recipe: the recipe.
+        plan: the recipe laid out over the model.
+        device: where to compute.
+        ranks: that share the work.
+        clock: takes the stages' times.
+        progress: is told of the stages.
+    """
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    device: str
+    ranks: Ranks
+    clock: Clock
+    progress: Progress
+
+    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
+        """How passes over these windows are run, by the memory there is."""
+        dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
+        mine = own_windows(windows, batch, self.ranks)
+        tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
+        learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
+        work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
+        return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
+
+    def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""
+        if isinstance(calibration, Statistics):
+            magnitudes = {f"{i:05d}.{site}": kept.magnitude for i, block in enumerate(calibration.inputs) for site, kept in block.items()}
+            return {**calibration.record, "statistics": tensors_hash(magnitudes)}, calibration.windows
+        if isinstance(calibration, torch.Tensor):
+            check_length(calibration.shape[1], self.source)
+            check_windows(calibration, self.source)
+            return calibration_record({"text": "token ids"}, calibration), calibration
+        if calibration.text == "self":
+            return calibration.to_dict(), None
+        windows = None
+        if self.ranks.first:
+            with self.clock("text"):
+                windows = read_windows(self.source, calibration, self.device, self.progress)
+                check_windows(windows, self.source)
+        windows = self.ranks.agree(windows)
+        return calibration_record(calibration.to_dict(), windows), windows
+
+    def sampled(self, calibration: Calibration, work: WorkFolder) -> torch.Tensor:
+        """The windows that are sampled from the model itself, or have been by an earlier go."""
+        if self.ranks.first and not work.has(SAMPLED_WINDOWS):
+            with self.clock("text"):
+                work.save(SAMPLED_WINDOWS, {"windows": read_windows(self.source, calibration, self.device, self.progress)})
+        self.ranks.wait()
+        return work.load(SAMPLED_WINDOWS)["windows"]
+
+    def identity(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the bytes of the result follow from; a work folder of another identity is not continued."""
+        cuda = self.device.startswith("cuda")
+        hardware = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        return {
+            "model": self.source.identity(),
+            "recipe": self.recipe.to_dict(),
+            "calibration": settings,
+            "rosaq": __version__,
+            "torch": torch.__version__,
+            "device": hardware,
+            "ranks": self.ranks.count,
+        }

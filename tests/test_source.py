@@ -1,0 +1,82 @@
+"""What is read of a model: by position, in any type, from one file or many; and nothing that could lead elsewhere."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rosaq import open_source
+from rosaq.safetensors_folder import SafetensorsFolder
+
+
+def test_tensors_are_what_the_library_reads(tmp_path):
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool)
+    tensors = {f"t{i}": torch.arange(7 + i).remainder(2).to(dtype).view(1, -1) for i, dtype in enumerate(types)}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = SafetensorsFolder(tmp_path)
+    assert set(read) == set(tensors) and len(read) == len(tensors) and "t9" not in read
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+
+
+def test_shards_and_a_second_copy_of_the_weights(saved):
+    one = saved("llama")
+    whole = dict(open_source(str(one)).tensors)
+    save_file({"consolidated": torch.zeros(1)}, one / "consolidated.safetensors")
+    assert set(open_source(str(one)).tensors) == set(whole)
+    names = sorted(whole)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in shards.items():
+        save_file({name: whole[name] for name in part}, one / file)
+    (one / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (one / "model.safetensors.index.json").write_text(json.dumps(index))
+    read = open_source(str(one)).tensors
+    assert set(read) == set(whole) and all(torch.equal(read[name], whole[name]) for name in names)
+    shutil.copy(one / "a.safetensors", one / "c.safetensors")
+    (one / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**index["weight_map"], "x": "c.safetensors"}}))
+    with pytest.raises(ValueError, match=r"c\.safetensors: tensor .* is in a\.safetensors too"):
+        open_source(str(one))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", "sub/x.safetensors", 7, None, "a\0b"])
+def test_an_index_that_leads_elsewhere(saved, name):
+    folder = saved("llama")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match=r"is not a plain file name|file is missing"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../../x", "model.layers.2.mlp.up_proj.weight", "model.layers.01.mlp.up_proj.weight", "model.layers.0.extra"])
+def test_tensors_without_a_place(saved, name):
+    from rosaq.plan import make_plan
+    from rosaq.recipe import Recipe
+    from rosaq.results import checkpoint_parts
+
+    folder = saved("llama")
+    save_file({**load_file(folder / "model.safetensors"), name: torch.ones(2)}, folder / "model.safetensors")
+    source = open_source(str(folder))
+    with pytest.raises(ValueError, match=r"has no place in a model of 2 blocks|is unknown in a llama block"):
+        checkpoint_parts(source, make_plan(Recipe("x", salient=8, salient_per_head=2), source.architecture))
+
+
+def test_pickled_weights_are_not_read(saved):
+    folder = saved("llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pickled weights \(\.bin, \.pt\) are not read"):
+        open_source(str(folder))
+
+
+def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="transformers cannot read it"):
+        open_source(str(folder))
+    assert not (tmp_path / "ran").exists()
