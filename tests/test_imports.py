@@ -14,8 +14,8 @@ LEVELS = {
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.card": 3, "rosaq.linear": 3,
     "rosaq.moments": 4, "rosaq.engines": 4,
     "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.engines.transformers": 5,
-    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
-    "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
+    "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.export": 6, "rosaq.engines.serving": 6,
+    "rosaq.engines.vllm_layers": 7, "rosaq.benchmark": 7, "rosaq.engines.vllm": 8,
     "rosaq": 7,
     "rosaq_cli": 8,
     "rosaq.__main__": 9,
@@ -29,6 +29,8 @@ SERVING = (
     "rosaq.engines.transformers",
     "rosaq.engines.vllm",
     "rosaq.engines.vllm_layers",
+    "rosaq.engines.export",
+    "rosaq.engines.serving",
     "rosaq.engines",
 )
 CALIBRATING = ("rosaq.calibration", "rosaq.moments", "rosaq.statistics", "rosaq.basis", "rosaq.rotation", "rosaq.rounding", "rosaq.pipeline")

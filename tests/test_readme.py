@@ -1,5 +1,6 @@
 """README cannot drift: its commands exist and take the options that it names, its code runs, its trees are the tree."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -30,9 +31,13 @@ def commands() -> list[tuple[str, list[str]]]:
 def options():
     """Options of each rosaq command, from its help."""
     found = {}
-    for command in ("quantize", "evaluate", "generate", "verify", "recipes"):
+    for command in ("quantize", "evaluate", "generate", "verify", "recipes", "serve", "export", "benchmark decode"):
         help_text = subprocess.run(
-            [sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
+            [sys.executable, "-m", "rosaq", *command.split(), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "200"},
         )
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
     return found
@@ -48,6 +53,10 @@ def test_commands_exist_and_take_their_options(options):
         if words[0] == "make":
             assert set(words[1:]) <= targets, f"{page}: {' '.join(words)}"
         else:
+            if words[1] == "serve":
+                words = words[:3]  # the others are vLLM's
+            elif words[1] == "benchmark":
+                words = ["rosaq", f"benchmark {words[2]}", *words[3:]]
             assert words[1] in options, f"{page}: {' '.join(words)}"
             unknown = {word for word in words[2:] if word.startswith("-")} - options[words[1]]
             assert not unknown, f"{page}: {' '.join(words)}: {unknown}"
@@ -87,6 +96,12 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "shards.py",
         "perplexity.py",
         "kernels.py",
+        "serving.py",
+        "export.py",
+        "dummy.py",
+        "decoding.py",
+        "decoding_run.py",
+        "model_shapes.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rosaq.architecture import LINEARS
+from rosaq.plan import Plan
 from rosaq.source import read_json, safe_member
 
 FORMAT_VERSION = 1
@@ -124,6 +126,25 @@ class CheckpointWriter:
             yield
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.destination}: cannot be written: {error}") from error
+
+
+def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a quantized model.
+
+    Args:
+        plan: form of every layer.
+        recipe: `Recipe.to_dict`.
+        calibration: record of the text.
+    """
+    return {
+        "quant_method": "rosaq",
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe,
+        "calibration": calibration,
+        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
+        | {module: layout.form() for module, layout in plan.tables.items()},
+        "rotated_norms": list(plan.rotated_norms),
+    }
 
 
 def check_destination(destination: Path) -> None:

@@ -12,7 +12,7 @@ from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, SITE_OF
 from rosaq.basis import PreparedBlock, prepare_block, residual_moment
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
-from rosaq.checkpoint import FORMAT_VERSION, CheckpointWriter, check_destination
+from rosaq.checkpoint import CheckpointWriter, check_destination, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
 from rosaq.moments import BlockInputs, collect_moments
@@ -184,15 +184,7 @@ def _finish(writer: CheckpointWriter, source: Source, plan: Plan, report: Report
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = plan.tied
     config.dtype = source.dtype
-    config.quantization_config = {
-        "quant_method": "rosaq",
-        "format_version": FORMAT_VERSION,
-        "recipe": report.recipe,
-        "calibration": report.calibration,
-        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
-        | {module: layout.form() for module, layout in plan.tables.items()},
-        "rotated_norms": list(plan.rotated_norms),
-    }
+    config.quantization_config = quantization_config(plan, report.recipe, report.calibration)
     companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
     writer.finish(config, {"report": vars(report)}, {"README.md": model_card(source, report)}, companions)
 

@@ -19,7 +19,7 @@ def meta_model(config: Any) -> Any:
 def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole source model with its weights in `dtype`: for evaluation and self-calibration of what fits."""
     model = meta_model(source.config).to(dtype)
-    _materialize_rotary(model, device)
+    materialize_rotary(model, device)
     names = {f"{EMBEDDING}.weight": source.embedding, f"{FINAL_NORM}.weight": source.final_norm, f"{HEAD}.weight": source.head}
     # Copied, because the source's tensors are its file's map: a change in place would be seen by every later read.
     state = {name: read().to(device, dtype, copy=True) for name, read in names.items()}
@@ -33,7 +33,7 @@ def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     return model
 
 
-def _materialize_rotary(model: Any, device: str) -> None:
+def materialize_rotary(model: Any, device: str) -> None:
     """Compute the rotary tables, which are not in any checkpoint and are lost on the meta device."""
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -62,7 +62,7 @@ class BlockRunner:
         """Prepare for windows of `seq_len` tokens, in `dtype` on `device`."""
         self._dtype, self._device = dtype, device
         model = meta_model(config)
-        _materialize_rotary(model, device)
+        materialize_rotary(model, device)
         self._blocks = list(model.model.layers)
         recorders = [_Recorder() for _ in self._blocks]
         model.model.layers = torch.nn.ModuleList(recorders)
