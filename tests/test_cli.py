@@ -45,7 +45,7 @@ def test_quantize_evaluate_generate_verify(saved, text_file, tmp_path):
     for word in ("bits per weight", "times smaller than FP16", "activations", "peak host memory"):
         assert word in done.stdout
     done = rosaq("evaluate", out, "--text", text_file, "--window", 32, "--against", original, "--json")
-    figures = json.loads(done.stdout)["result"]
+    figures = json.loads(done.stdout)["texts"][str(text_file)]
     assert 0 < figures["kl_divergence"] < 0.5 and 0.5 < figures["top1_agreement"] <= 1
     assert figures["model"]["windows"] > 100 and figures["model"]["window_tokens"] == 32
     done = rosaq("generate", out, "hello", "--max-tokens", 5)
@@ -184,7 +184,10 @@ def test_bad_evaluation(cli, saved, tmp_path):
     (tmp_path / "short.txt").write_text("abc")
     refused(cli("evaluate", original, "--text", tmp_path / "none.txt"), "none.txt", "cannot be read")
     refused(cli("evaluate", original, "--text", tmp_path / "short.txt"), "3 tokens, less than one window of 2048")
-    refused(cli("evaluate", original, "--dataset", "ptb"), "dataset 'ptb'; allowed is wikitext2")
+    refused(cli("evaluate", original, "--tasks", "ptb"), "task 'ptb': no text file, and not one of wikitext2, csr, piqa", "mmlu")
+    refused(cli("evaluate", original, "--text", tmp_path / "short.txt", "--every", 0), "--every is 0; it must be at least 1")
+    refused(cli("evaluate", original, "--tasks", "csr,mmlu", "--data", tmp_path), "piqa_validation.jsonl: no such file", "--data")
+    refused(cli("evaluate", original, "--tasks", "piqa", "--data", tmp_path, "--against", original), "--against", "add wikitext2 or a text file")
     refused(cli("evaluate", original, "--data", tmp_path), "wiki.test.raw: no such file")
     refused(cli("evaluate", original, "--text", tmp_path / "short.txt", "--window", 2, "--dtype", "int8"), "dtype 'int8'; allowed are auto")
     refused(cli("generate", original, "abc", "--max-tokens", 1000), "--max-tokens is at most 125")

@@ -17,6 +17,7 @@ IDS = torch.arange(3, 43).view(2, 20)
 RECIPES = {
     "int8 salient": ("rosaq-int4", dict(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")),
     "gather": ("mixed", dict(group_size=16, salient=16, salient_per_head=4)),
+    "per layer": ("rosaq-paper-per-layer", dict(group_size=16, salient=16, salient_per_head=4)),
     "int3": ("rosaq-int3", dict(group_size=32, salient=16, salient_per_head=3)),
 }
 
@@ -94,7 +95,7 @@ def layouts(folder):
     [
         (RECIPES["int8 salient"], "compressed-tensors", r"q_proj keeps 16 salient channels at 8 bits, .* one width .*; export --format dense"),
         (("rtn", dict(group_size=16)), "compressed-tensors", r"groups of 16 channels are all that .* in common, .*\(32, 64, 128\)"),
-        (("rosaq-paper-per-layer", dict(group_size=16, salient=8, salient_per_head=4)), "dense", r"rotates after each norm at run time"),
+        (("rosaq-paper-per-layer", dict(group_size=16, salient=0, salient_per_head=0)), "compressed-tensors", r"input_layernorm rotates at run time"),
         (("rtn", {}), "onnx", r"format 'onnx'; allowed are dense, compressed-tensors"),
     ],
 )
@@ -105,14 +106,14 @@ def test_what_a_format_cannot_hold_is_refused(made, tmp_path, recipe, form, mess
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-original", "packed", "text.jsonl"]
 
 
-def test_common_group_names_the_layer_that_gathers(made):
-    forms = layouts(made("llama", ("mixed", dict(group_size=16, salient=16, salient_per_head=4))))
-    forms = {name: layout for name, layout in forms.items() if name.endswith("q_proj")}
+def test_a_layer_that_gathers_is_named(made):
     from dataclasses import replace
 
-    forms = {name: replace(layout, salient=0) for name, layout in forms.items()}
+    loaded = AutoModelForCausalLM.from_pretrained(made("llama", RECIPES["gather"]))
+    layer = loaded.model.layers[0].self_attn.q_proj
+    layer.layout = replace(layer.layout, salient=0)
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj gathers its input"):
-        common_group(forms)
+        common_group(loaded)
 
 
 def test_only_a_whole_rosaq_checkpoint_is_exported(made, saved, tmp_path):

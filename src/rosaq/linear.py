@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rosaq import kernels
-from rosaq.kernels import dequantized
+from rosaq.kernels.dequantized import dequantize
 from rosaq.layout import LinearLayout
 
 _NUMBERS = itertools.count()
@@ -55,6 +55,9 @@ class RosaqLinear(nn.Linear):
         """The product (..., N) in the type of x."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return torch.ops.rosaq.linear(x, self.number, self.in_features, self.out_features)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         entry = self._prepared.get(x.dtype)
         if entry is None:
             entry = self.prepare(x.dtype)
@@ -72,6 +75,10 @@ class RosaqLinear(nn.Linear):
         if found["qweight"].is_meta:
             raise ValueError("this layer is on the meta device and holds no values; load its tensors first")
         return found
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) of the plain layer that computes the same; exact in float32, rounded once in other types."""
+        return dequantize(self.layout, self.tensors(), torch.float32).to(dtype)
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> tuple[ModuleType, Any]:
@@ -148,14 +155,14 @@ class RosaqLinear(nn.Linear):
 def _product(x: torch.Tensor, number: int, in_features: int, out_features: int) -> torch.Tensor:
     """The product (..., N) of the layer with this number."""
     with torch.no_grad():
-        return _LAYERS[number](x).contiguous()
+        return _LAYERS[number]._product(x).contiguous()
 
 
 @torch.library.custom_op("rosaq::linear_backward", mutates_args=())
 def _product_backward(grad: torch.Tensor, number: int, in_features: int) -> torch.Tensor:
     """Derivative (..., K) by x."""
     layer = _LAYERS[number]
-    return grad @ dequantized.dequantize(layer.layout, layer.tensors(), grad.dtype)
+    return grad @ dequantize(layer.layout, layer.tensors(), grad.dtype)
 
 
 @_product.register_fake

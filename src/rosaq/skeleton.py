@@ -18,18 +18,24 @@ def meta_model(config: Any) -> Any:
 
 def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole source model with its weights in `dtype`: for evaluation and self-calibration of what fits."""
-    model = meta_model(source.config).to(dtype)
-    materialize_rotary(model, device)
     names = {f"{EMBEDDING}.weight": source.embedding, f"{FINAL_NORM}.weight": source.final_norm, f"{HEAD}.weight": source.head}
     # Copied, because the source's tensors are its file's map: a change in place would be seen by every later read.
     state = {name: read().to(device, dtype, copy=True) for name, read in names.items()}
     for index in range(source.architecture.layers):
         prefix = source.architecture.block_prefix(index)
         state.update({prefix + name: tensor.to(device, dtype, copy=True) for name, tensor in source.block(index).items()})
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    model = plain_model(source.config, state, dtype, device)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
+    return model
+
+
+def plain_model(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> Any:
+    """The model of a config with these parameters, which are taken and not copied; all of them, in `dtype` on `device`."""
+    model = meta_model(config).to(dtype)
+    materialize_rotary(model, device)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
     return model
 
 

@@ -1,10 +1,11 @@
 """A rosaq checkpoint as an ordinary one, for engines that do not know the format.
 
-"dense": every weight dequantized, FP16 as a rule. "compressed-tensors": the codes, scales and zero points as they are, in the format
-"pack-quantized" of the library of that name (W4A16, asymmetric, per group), which stock vLLM and transformers read. That
-format has one width for all channels of a layer and no gather, so only recipes without salient channels fit into it.
+"dense": every weight dequantized, FP16 as a rule, with what rotates at run time multiplied in. "compressed-tensors": the codes,
+scales and zero points as they are, in the format "pack-quantized" of the library of that name (W4A16, asymmetric, per group),
+which stock vLLM and transformers read. That format has one width for all channels of a layer and no gather, so only recipes
+without salient channels fit into it.
 
-Tensors are read, changed and written one layer at a time.
+Tensors are read from the file's map, changed and written one layer at a time.
 """
 
 import copy
@@ -12,22 +13,21 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 
-from rosaq.architecture import EMBEDDING, HEAD
+from rosaq.architecture import BLOCKS, HEAD
 from rosaq.checkpoint import MANIFEST, CheckpointWriter, is_checkpoint, verify
 from rosaq.clock import Progress, no_progress
-from rosaq.engines.transformers import RosaqConfig
-from rosaq.kernels.dequantized import dequantize
+from rosaq.engines.dense import dense_tensors
+from rosaq.engines.transformers import register
 from rosaq.layout import LinearLayout
+from rosaq.linear import RosaqLinear
+from rosaq.norm import RotatedNorm
 from rosaq.packing import pack, pack_zeros, unpack, unpack_zeros
-from rosaq.skeleton import meta_model
-from rosaq.source import SafetensorsFolder
 
 FORMATS = ("dense", "compressed-tensors")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,33 +52,38 @@ def export(checkpoint: str | Path, output: str | Path, form: str = "dense", dtyp
         raise ValueError(f"format {form!r}; allowed are {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; allowed are {', '.join(DTYPES)}")
-    opened = _Opened.of(Path(checkpoint))
-    config = copy.deepcopy(opened.config)
-    config.dtype = DTYPES[dtype]
+    folder, kind = Path(checkpoint), DTYPES[dtype]
+    if not folder.is_dir() or not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
+    register()
+    verify(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", local_files_only=True)
+    config, recipe = copy.deepcopy(model.config), model.config.quantization_config.recipe
     del config.quantization_config
-    convert = dense_tensors
+    config.dtype = kind
+    tensors = dense_tensors(model, kind)
     if form == "compressed-tensors":
-        group = common_group(opened.layouts)
+        group = common_group(model)
         config.quantization_config = _compressed_config(group)
-        convert = partial(compressed_tensors, group=group)
+        tensors = _compressed(model, kind, group)
+    tied, total = set(getattr(model, "all_tied_weights_keys", None) or {}), len(model.model.layers)
     with CheckpointWriter(output) as writer:
-        for done, (module, tensors) in enumerate(opened.modules()):
-            layout = opened.layouts.get(module)
-            if layout is None:
-                tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-            else:
-                change = dense_tensors if module in (EMBEDDING, HEAD) else convert
-                tensors = change(layout, tensors, DTYPES[dtype])
-            writer.add({f"{module}.{name}": tensor for name, tensor in tensors.items()})
-            progress("export", done + 1, opened.count)
-        made = {"export": {"format": form, "dtype": dtype, "recipe": opened.recipe}}
-        writer.finish(config, made, {}, [_Companions(Path(checkpoint))])
+        for name, tensor in tensors:
+            if name not in tied:
+                writer.add({name: tensor})
+            if name.startswith(f"{BLOCKS}."):
+                progress("export", int(name.split(".")[2]) + 1, total)
+        writer.finish(config, {"export": {"format": form, "dtype": dtype, "recipe": recipe}}, {}, [_Companions(folder)])
 
 
-def dense_tensors(layout: LinearLayout, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`weight` (N, K), and `bias` (N,) where there is one, of a stored layer; columns in the order of the layer's own input."""
-    bias = {"bias": tensors["bias"].to(dtype)} if layout.bias else {}
-    return {"weight": dequantize(layout, tensors, torch.float32).to(dtype), **bias}
+def _compressed(model: Any, dtype: torch.dtype, group: int) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in model.named_modules():
+        if isinstance(module, RosaqLinear) and name != HEAD:
+            for part, tensor in compressed_tensors(module.layout, module.tensors(), dtype, group).items():
+                yield f"{name}.{part}", tensor
+        elif not list(module.children()):
+            for part, tensor in dense_tensors(module, dtype):
+                yield name + part, tensor
 
 
 def compressed_tensors(layout: LinearLayout, tensors: dict[str, torch.Tensor], dtype: torch.dtype, group: int) -> dict[str, torch.Tensor]:
@@ -104,30 +109,32 @@ def compressed_tensors(layout: LinearLayout, tensors: dict[str, torch.Tensor], d
     }
 
 
-def common_group(layouts: dict[str, LinearLayout]) -> int:
-    """The group size that all linear layers can be written with in compressed-tensors.
+def common_group(model: Any) -> int:
+    """The group size that all linear layers of a loaded checkpoint can be written with in compressed-tensors.
 
     Raises:
-        ValueError: a layer has what the format cannot hold; names the layer and says what.
+        ValueError: a module has what the format cannot hold; names it and says what.
     """
     group = 0
-    for module, layout in layouts.items():
-        if module in (EMBEDDING, HEAD):
-            continue  # written dense
+    for name, module in model.named_modules():
+        if isinstance(module, RotatedNorm) or (isinstance(module, RosaqLinear) and type(module) is not RosaqLinear):
+            raise ValueError(f"{name} rotates at run time, which compressed-tensors cannot say; export --format dense")
+        if not isinstance(module, RosaqLinear) or name == HEAD:  # embedding and lm_head are written dense
+            continue
+        layout = module.layout
         if layout.salient:
             kept = f"{layout.blocks * layout.salient} salient channels at {layout.salient_bits} bits"
             raise ValueError(
-                f"{module} keeps {kept}, and compressed-tensors has one width for all channels of a layer; "
+                f"{name} keeps {kept}, and compressed-tensors has one width for all channels of a layer; "
                 "export --format dense, or serve it through rosaq's plugin"
             )
         if layout.ordered:
-            raise ValueError(f"{module} gathers its input before its groups, which W4A16 engines no longer do; export --format dense")
+            raise ValueError(f"{name} gathers its input before its groups, which W4A16 engines no longer do; export --format dense")
         group = math.gcd(group, layout.group_size, layout.block_size)
-    if group not in GROUPS:
-        group = next((size for size in reversed(GROUPS) if group % size == 0), group)
-    if group not in GROUPS:
+    fitting = [size for size in GROUPS if group % size == 0]
+    if not fitting:
         raise ValueError(f"groups of {group} channels are all that the layers have in common, and W4A16 kernels take {GROUPS}; export --format dense")
-    return group
+    return fitting[-1]
 
 
 def _compressed_config(group: int) -> dict[str, Any]:
@@ -137,45 +144,6 @@ def _compressed_config(group: int) -> dict[str, Any]:
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": [HEAD],
         "config_groups": {"group_0": scheme},
     }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint to read: its config, the form of each quantized module, its tensors, and how many modules have some."""
-
-    config: Any
-    recipe: dict[str, Any]
-    layouts: dict[str, LinearLayout]
-    tensors: SafetensorsFolder
-    count: int
-
-    @classmethod
-    def of(cls, folder: Path) -> "_Opened":
-        if not folder.is_dir() or not is_checkpoint(folder):
-            raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
-        verify(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        quantized = RosaqConfig.from_dict(config.quantization_config)
-        if quantized.rotated_norms:
-            name = quantized.recipe["name"]
-            raise ValueError(f"recipe {name!r} rotates after each norm at run time, which no ordinary checkpoint can say; load it with transformers")
-        layouts = {}
-        for name, module in meta_model(config).named_modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-                layout = quantized.layout(name, tuple(module.weight.shape), getattr(module, "bias", None) is not None)
-                if layout is not None:
-                    layouts[name] = layout
-        tensors = SafetensorsFolder(folder)
-        return cls(config, quantized.recipe, layouts, tensors, len({name.rpartition(".")[0] for name in tensors}))
-
-    def modules(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Each module that has tensors, with these by their last name."""
-        names: dict[str, list[str]] = {}
-        for name in self.tensors:
-            module, _, leaf = name.rpartition(".")
-            names.setdefault(module, []).append(leaf)
-        for module, leaves in names.items():
-            yield module, {leaf: self.tensors[f"{module}.{leaf}"] for leaf in leaves}
 
 
 @dataclass(frozen=True)

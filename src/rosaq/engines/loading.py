@@ -8,11 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.device import resolve_device
+from rosaq.engines.dense import dense_fits, dense_model
 from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer, register
 from rosaq.linear import RosaqLinear
 from rosaq.skeleton import full_model, meta_model
 from rosaq.source import open_source
 
+WEIGHTS = ("auto", "dense", "packed")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +50,9 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto", cpu_dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(
+    model: str, device: str = "auto", dtype: str = "auto", cpu_dtype: torch.dtype = torch.float32, weights: str = "packed"
+) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
@@ -56,10 +60,15 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", cpu_dtype:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type to compute in; see `resolve_dtype`.
         cpu_dtype: what "auto" is on the CPU.
+        weights: of a rosaq checkpoint: "packed", as they are stored; "dense", as plain layers of the same values, which
+            is faster for evaluation and takes the memory of the unquantized model; "auto", dense where it fits twice
+            into the free memory.
 
     Raises:
         ValueError: whatever keeps it from loading, naming the file or option.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}; allowed are {', '.join(WEIGHTS)}")
     device = resolve_device(device)
     if Path(model).is_dir() and is_checkpoint(model):
         register()
@@ -67,6 +76,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", cpu_dtype:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True)
+        if weights == "dense" or (weights == "auto" and dense_fits(loaded, loaded.dtype)):
+            return dense_model(loaded).eval(), tokenizer
         for module in loaded.modules():
             if isinstance(module, RosaqLinear):
                 module.repack(loaded.dtype)  # now, so that the first token does not wait for it
