@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rosaq_cli.screen import results, stage_bars
+from rosaq_cli.screen import results, silence_transformers, stage_bars
 
 
 def export(
@@ -18,6 +18,7 @@ def export(
     """Write a checkpoint as an ordinary one, for engines that do not know rosaq's format."""
     from rosaq.engines.export import export as run
 
+    silence_transformers()
     with stage_bars(quiet) as progress:
         run(checkpoint, output, form, dtype, progress)
     if not quiet:

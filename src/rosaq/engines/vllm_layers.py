@@ -166,6 +166,8 @@ class RosaqLinearMethod(LinearMethodBase):
         layer.__dict__["rosaq_linear"] = linear
         layer.qweight = Parameter(torch.zeros(1, dtype=torch.int32, device=device), requires_grad=False)
         _LAYERS[layer.qweight.data_ptr()] = linear
+        if isinstance(layer, VocabParallelEmbedding):
+            _show_device(layer, device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product (..., N) of x (..., K), with the bias where vLLM gives it (row layers: on one rank only)."""
@@ -193,6 +195,7 @@ class RosaqEmbeddingMethod(RosaqLinearMethod):
         for name, tensor in tensors.items():
             setattr(table, name, tensor)
         layer.rosaq_table = table
+        _show_device(layer, table.get_buffer("qweight").device)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., hidden) of token ids (...), counted from the rank's first."""
@@ -210,6 +213,11 @@ def rosaq_linear(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torch.Tens
 
 def _rosaq_linear_fake(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _show_device(layer: Any, device: torch.device) -> None:
+    """Give a table the `weight` that vLLM's adapters ask for its device and type, and for nothing else."""
+    layer.weight = Parameter(torch.zeros(1, dtype=layer.rosaq_dtype, device=device), requires_grad=False)
 
 
 def _stored_outputs(layer: Any) -> list[int]:
