@@ -91,9 +91,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def serve(folder, dtype, port, log, *options):
-    """Start `rosaq serve`; the installed plugin is all that makes vLLM know the format."""
-    command = [sys.executable, "-m", "rosaq", "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
+def serve(folder, dtype, port, log, *options, program=(sys.executable, "-m", "rosaq")):
+    """Start `rosaq serve`, or `vllm serve`; the installed plugin is all that makes vLLM know the format."""
+    command = [*program, "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
     command += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--host", "127.0.0.1", *options]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True)
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(checkpoint, tmp_path, mis
     del tensors[missing]
     save_file(tensors, file, metadata={"format": "pt"})
     with (tmp_path / "log").open("w") as log:
-        process = serve(folder, "bfloat16", free_port(), log)
+        process = serve(folder, "bfloat16", free_port(), log, program=[Path(sys.executable).with_name("vllm")])  # `rosaq serve` checks hashes first
         try:
             assert process.wait(timeout=120) != 0
         finally:
