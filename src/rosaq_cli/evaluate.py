@@ -34,10 +34,9 @@ def evaluate(
     """Measure perplexity, divergence from the original, and zero-shot accuracy.
 
     Perplexity as GPTQ and AWQ report it: the whole text is tokenized at once and cut into windows that do not overlap;
-    WikiText-2's lines are joined by two newlines; a last incomplete window is dropped. Its standard error comes from
-    the spread of the windows' mean losses.
+    WikiText-2's lines are joined by two newlines; a last incomplete window is dropped. The error comes from their spread.
 
-    Zero-shot by lm-evaluation-harness (pip install 'rosaq[eval]'): csr is PIQA, WinoGrande, HellaSwag, ARC-easy,
+    Zero-shot by lm-evaluation-harness (the extra "eval"): csr is PIQA, WinoGrande, HellaSwag, ARC-easy,
     ARC-challenge, CommonsenseQA and OpenbookQA with their average, mmlu its 57 subjects and four categories.
     """
     from rosaq.engines.dense import is_packed
@@ -51,19 +50,17 @@ def evaluate(
     if against is not None and not texts:
         raise ValueError("--against compares what two models predict of a text; add wikitext2 or a text file to --tasks")
     if questions:
-        check_zero_shot(questions, data)
+        check_zero_shot(questions, data)  # before a model is loaded
     contents = {name: _read(name, data) for name in texts}
     loaded, tokenizer = load_model(model, device, dtype, weights=weights)
     windows = {name: text_windows(content, tokenizer, window)[::every][:limit] for name, content in contents.items()}
     reference = load_model(against, device, dtype, weights=weights)[0] if against is not None else None
-    found: dict[str, dict[str, Any]] = {}
-    answered = None
     with stage_bars(quiet or json_output) as progress:
-        for name, rows in windows.items():
-            result = perplexity(loaded, rows, progress) if reference is None else divergence(loaded, reference, rows, progress)
-            found[name] = result.to_dict()
-        if questions:
-            answered = zero_shot(loaded, tokenizer, questions, data, limit, progress=progress)
+        found = {
+            name: (perplexity(loaded, rows, progress) if reference is None else divergence(loaded, reference, rows, progress)).to_dict()
+            for name, rows in windows.items()
+        }
+        answered = zero_shot(loaded, tokenizer, questions, data, limit, progress=progress) if questions else None
     kind = str(loaded.dtype).removeprefix("torch.")
     if json_output:
         entry = {"model": model, "against": against, "device": str(loaded.device), "dtype": kind, "packed": is_packed(loaded)}
