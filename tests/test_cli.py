@@ -212,3 +212,32 @@ def test_help_needs_no_pytorch():
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
     assert rosaq("--version").stdout.startswith("rosaq 0.")
+
+
+def test_serve_says_what_is_missing(cli, saved, tmp_path):
+    from rosaq import load_recipe
+    from rosaq.benchmark.model_shapes import shape_config
+    from rosaq.engines.dummy import dummy_config, write_dummy
+
+    refused(cli("serve", saved("llama"), "--port", "1"), "not the folder of a rosaq checkpoint", "vllm serve")
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    write_dummy(dummy_config(shape_config(str(tmp_path / "llama-original")), recipe, torch.float16), tmp_path / "out")
+    refused(cli("serve", tmp_path / "out", "--port", "1"), "vLLM is not installed in this environment", "pip install")
+
+
+def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
+    from rosaq import load_recipe
+    from rosaq.benchmark.model_shapes import shape_config
+    from rosaq.engines import serving
+    from rosaq.engines.dummy import dummy_config, write_dummy
+
+    monkeypatch.setattr(serving, "vllm_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    write_dummy(dummy_config(shape_config(str(saved("llama"))), recipe, torch.float16), tmp_path / "out")
+    command = serving.serve_command(tmp_path / "out", ["--port", "1"])
+    assert command[3:] == [
+        "serve", str(tmp_path / "out"), "--dtype", "bfloat16", "--max-model-len", "128", "--served-model-name", "out", "--port", "1",
+    ]  # fmt: skip
+    given = serving.serve_command(tmp_path / "out", ["--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"])
+    assert given[4:] == [str(tmp_path / "out"), "--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rosaq import kernels
-from rosaq.benchmark.kernels import random_tensors
+from rosaq.engines.dummy import random_tensors
 from rosaq.kernels import build, cpu, cuda, dequantized, reference, shapes, stream
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear

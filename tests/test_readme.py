@@ -31,9 +31,11 @@ def commands() -> list[tuple[str, list[str]]]:
 def options():
     """Options of each rosaq command, from its help."""
     found = {}
-    environment = {"COLUMNS": "200", "PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    for command in ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
-        help_text = subprocess.run([sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env=environment)
+    environment = {**os.environ, "COLUMNS": "200"}
+    names = ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "benchmark decode")
+    for command in names:
+        line = [sys.executable, "-m", "rosaq", *command.split(), "--help"]
+        help_text = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
     return found
 
@@ -48,6 +50,10 @@ def test_commands_exist_and_take_their_options(options):
         if words[0] == "make":
             assert set(words[1:]) <= targets, f"{page}: {' '.join(words)}"
         else:
+            if words[1] == "serve":
+                words = words[:3]  # the others are vLLM's
+            elif words[1] == "benchmark":
+                words = ["rosaq", f"benchmark {words[2]}", *words[3:]]
             assert words[1] in options, f"{page}: {' '.join(words)}"
             unknown = {word for word in words[2:] if word.startswith("-")} - options[words[1]]
             assert not unknown, f"{page}: {' '.join(words)}: {unknown}"
@@ -104,6 +110,12 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "report.py",
         "plots.py",
         "page.py",
+        "serving.py",
+        "export.py",
+        "dummy.py",
+        "decoding.py",
+        "decoding_run.py",
+        "model_shapes.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

@@ -2,11 +2,16 @@
 
 The module holds the tensors of the checkpoint under their names (`LinearLayout.tensors`), and nothing else is saved. The form that a
 kernel reads is made from them at the first call on a device and kept beside them.
+
+Compiled code and autograd see a layer as one operation, `torch.ops.rosaq.linear`: kernels need neither be traceable nor know their
+derivative. The stored weight is fixed; the derivative by x is grad W, with W dequantized for the moment.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -15,9 +20,14 @@ from rosaq import kernels
 from rosaq.kernels.dequantized import dequantize
 from rosaq.layout import LinearLayout
 
+_NUMBERS = itertools.count()
+_LAYERS: "WeakValueDictionary[int, RosaqLinear]" = WeakValueDictionary()
 
-class RosaqLinear(nn.Module):
+
+class RosaqLinear(nn.Linear):
     """A layer y (..., N) = x (..., K) W^T + b with W stored as `layout` says.
+
+    It is an `nn.Linear` to whom asks for one (adapters do), but its `weight` is None: there are only the stored tensors.
 
     Buffers are persistent, integer or float16 as the checkpoint has them whatever type the model computes in, and
     uninitialised until loaded (so the module can be made on the meta device).
@@ -29,16 +39,25 @@ class RosaqLinear(nn.Module):
 
     def __init__(self, layout: LinearLayout, device: torch.device | str | None = None) -> None:
         """Make uninitialised buffers."""
-        super().__init__()
+        nn.Module.__init__(self)
+        self.number = next(_NUMBERS)
+        _LAYERS[self.number] = self
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self._prepared: dict[torch.dtype, tuple[ModuleType, Any]] = {}
         self._allowed: tuple[str, ...] | None = None
         for name, (shape, dtype) in layout.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        for name in ("weight",) if layout.bias else ("weight", "bias"):
+            self.register_buffer(name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product (..., N) in the type of x."""
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return torch.ops.rosaq.linear(x, self.number, self.in_features, self.out_features)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         entry = self._prepared.get(x.dtype)
         if entry is None:
             entry = self.prepare(x.dtype)
@@ -117,6 +136,12 @@ class RosaqLinear(nn.Module):
         """Copy and pickle without prepared weights: they belong to one device and one process."""
         return {**self.__dict__, "_prepared": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a layer of its own."""
+        super().__setstate__(state)
+        self.number = next(_NUMBERS)
+        _LAYERS[self.number] = self
+
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
         form = self.layout
@@ -141,3 +166,38 @@ class RotatedLinear(RosaqLinear):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (N, K) that takes x itself: W R^T."""
         return (super().dense_weight(torch.float32).double() @ self.get_buffer("rotation").double().T).to(dtype)
+
+
+@torch.library.custom_op("rosaq::linear", mutates_args=())
+def _product(x: torch.Tensor, number: int, in_features: int, out_features: int) -> torch.Tensor:
+    """The product (..., N) of the layer with this number."""
+    with torch.no_grad():
+        return _LAYERS[number]._product(x).contiguous()
+
+
+@torch.library.custom_op("rosaq::linear_backward", mutates_args=())
+def _product_backward(grad: torch.Tensor, number: int, in_features: int) -> torch.Tensor:
+    """Derivative (..., K) by x."""
+    layer = _LAYERS[number]
+    return grad @ dequantize(layer.layout, layer.tensors(), grad.dtype)
+
+
+@_product.register_fake
+def _(x: torch.Tensor, number: int, in_features: int, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@_product_backward.register_fake
+def _(grad: torch.Tensor, number: int, in_features: int) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _keep_number(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.number, ctx.in_features, _ = inputs
+
+
+def _derivative(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return torch.ops.rosaq.linear_backward(grad, ctx.number, ctx.in_features), None, None, None
+
+
+_product.register_autograd(_derivative, setup_context=_keep_number)

@@ -33,13 +33,13 @@ def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:
 def plain_model(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> Any:
     """The model of a config with these parameters, which are taken and not copied; all of them, in `dtype` on `device`."""
     model = meta_model(config).to(dtype)
-    _materialize_rotary(model, device)
+    materialize_rotary(model, device)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model
 
 
-def _materialize_rotary(model: Any, device: str) -> None:
+def materialize_rotary(model: Any, device: str) -> None:
     """Compute the rotary tables, which are not in any checkpoint and are lost on the meta device."""
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -69,7 +69,7 @@ class BlockRunner:
         self._dtype = dtype
         model = meta_model(config)
         change(model)
-        _materialize_rotary(model, device)
+        materialize_rotary(model, device)
         self._blocks = list(model.model.layers)
         recorders = [_Recorder() for _ in self._blocks]
         model.model.layers = torch.nn.ModuleList(recorders)

@@ -14,11 +14,13 @@ import typer
 from rosaq_cli import benchmark
 from rosaq_cli.compare import compare
 from rosaq_cli.evaluate import evaluate
+from rosaq_cli.export import export
 from rosaq_cli.generate import generate
 from rosaq_cli.inspect import inspect
 from rosaq_cli.quantize import quantize
 from rosaq_cli.recipes import recipes
 from rosaq_cli.screen import errors
+from rosaq_cli.serve import SETTINGS, serve
 from rosaq_cli.verify import verify
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ app.command(rich_help_panel="Run and measure")(evaluate)
 app.command(rich_help_panel="Run and measure")(compare)
 app.command(rich_help_panel="Run and measure")(inspect)
 app.command(rich_help_panel="Run and measure")(generate)
+app.command(rich_help_panel="Run and measure", context_settings=SETTINGS)(serve)
+app.command(rich_help_panel="Run and measure")(export)
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Run and measure")
 
 

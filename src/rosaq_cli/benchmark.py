@@ -1,11 +1,12 @@
 """`rosaq benchmark`: measurements against peers in the same run."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rosaq_cli.screen import show_json, show_table, stage_bars
+from rosaq_cli.screen import errors, show_json, show_table, stage_bars
 
 app = typer.Typer(help="Time rosaq against its peers in one run.", no_args_is_help=True)
 
@@ -86,3 +87,79 @@ def _show_stages(figures: dict[str, Any]) -> None:
     show_table(f"{title}; {figures['ranks']} x {figures['hardware']}", ["stage", "s", "share", column], rows)
     peaks = [["device", report["peak_device_bytes"]], ["host", report["peak_host_bytes"]]]
     show_table(f"Activations kept: {report['activations']}", ["peak memory", "GiB"], [[name, f"{size / 2**30:.2f}"] for name, size in peaks])
+
+
+@app.command()
+def decode(
+    model: Annotated[str, typer.Argument(help="llama-2-7b and other shapes, a model folder (its sizes), or a rosaq checkpoint.")] = "llama-2-7b",
+    engine: Annotated[list[str], typer.Option(help="vllm, transformers, transformers-compiled; may be repeated.")] = ["vllm", "transformers"],  # noqa: B006
+    weights: Annotated[
+        list[str],
+        typer.Option(help="fp16, rosaq, machete, marlin, w4a16 (vLLM's own choice); may be repeated.", show_default="all that can run here"),
+    ] = [],  # noqa: B006
+    pairs: Annotated[
+        str, typer.Option(help="batch/tokens, comma separated: so many tokens are given and generated.")
+    ] = "1/128,16/128,64/256,128/128",
+    recipe: Annotated[str, typer.Option(help="Recipe of random weights; a checkpoint has its own.")] = "rosaq-int4",
+    group_size: Annotated[int | None, typer.Option(help="Channels that share a scale.", show_default="recipe's")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16; auto: bfloat16 on the CPU and with an FP8 KV cache.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8, in vLLM.")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that vLLM spreads a model over.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Runs of each pair.")] = 2,
+    eager: Annotated[bool | None, typer.Option(help="vLLM without CUDA graphs and compiler.", show_default="on the CPU only")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Time decoding by the paper's protocol: milliseconds per step, and speed against FP16 and the best 4-bit peer."""
+    import torch
+
+    from rosaq import load_recipe
+    from rosaq.benchmark.decoding import Settings, Timing, benchmark_decoding
+    from rosaq.engines.serving import vllm_installed
+
+    cuda = torch.cuda.is_available()
+    chosen = load_recipe(recipe).replace(group_size=group_size)
+    kind = dtype if dtype != "auto" else "float16" if cuda and kv_cache_dtype != "fp8" else "bfloat16"
+    settings = Settings(_pairs(pairs), kind, kv_cache_dtype, tensor_parallel, repeats, not cuda if eager is None else eager)
+    if "vllm" in engine and not vllm_installed():
+        raise ValueError("vLLM is not installed in this environment; install it (pip install 'rosaq[vllm]') or give --engine transformers")
+
+    def told(timing: Timing) -> None:
+        what = timing.failure or ", ".join(f"{pair}: {step:.2f} ms" for pair, step in timing.steps_ms.items())
+        errors.print(f"{timing.engine} {timing.weights}: {what}", markup=False, highlight=False, soft_wrap=True)
+
+    result = benchmark_decoding(model, chosen, settings, engine, weights or ["fp16", "rosaq", *(["machete", "marlin"] if cuda else ["w4a16"])], told)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if json_output:
+        show_json(result)
+    else:
+        _show_rows(result)
+    if result["failures"]:
+        raise ValueError(f"{len(result['failures'])} of the cases failed, as told above")
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for part in text.split(","):
+        batch, _, tokens = part.partition("/")
+        if not (batch.strip().isdigit() and tokens.strip().isdigit()):
+            raise ValueError(f"pairs {text!r}; each is batch/tokens, such as 1/128,16/128")
+        found.append((int(batch), int(tokens)))
+    return tuple(found)
+
+
+def _show_rows(result: dict[str, Any]) -> None:
+    def ratio(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    lines = [
+        [
+            f"{row['engine']} {row['weights']}", f"{row['batch']}/{row['tokens']}", f"{row['step_ms']:.2f}", f"{row['throughput']:.0f}",
+            ratio(row["to_fp16"]), ratio(row["to_best_peer"]),
+        ]
+        for row in sorted(result["rows"], key=lambda row: (row["batch"], row["tokens"], row["engine"]))
+    ]  # fmt: skip
+    settings = result["settings"]
+    title = f"{result['model']}, {settings['dtype']}, KV cache {settings['kv_cache_dtype']}, recipe {result['recipe']}"
+    show_table(title, ["", "batch/tokens", "ms per step", "tokens/s", "speed to FP16", "to best peer"], lines)

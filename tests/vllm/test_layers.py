@@ -211,3 +211,21 @@ def test_a_config_that_vllm_cannot_serve_is_refused(engine, checkpoint, change, 
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         vllm_config(folder)
+
+
+def test_dummy_weights_are_finite_on_every_rank(engine, checkpoint, play):
+    """`--load-format dummy`: no tensor is handed over, and every layer computes something of about the size of its input."""
+    from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+
+    config = vllm_config(checkpoint("biased"))
+    for rank in range(2):
+        play(rank, 2)
+        with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+            layers = {role: make(role, config, False) for role in STORED}
+        for role, layer in layers.items():
+            layer.quant_method.process_weights_after_loading(layer)
+            if role == "embedding":
+                y = layer.quant_method.embedding(layer, torch.arange(8))
+            else:
+                y = layer.quant_method.apply(layer, torch.randn(5, {"o": 32, "down": 48}.get(role, 48)))
+            assert y.isfinite().all() and 0.001 < float(y.std()) < 10

