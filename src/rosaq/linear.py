@@ -88,7 +88,7 @@ class RosaqLinear(nn.Module):
         return kernel.NAME
 
     def allow_kernels(self, names: Sequence[str] | None) -> None:
-        """Choose among these kernels only (None: all that need not be named, see `kernels.BY_NAME_ONLY`)."""
+        """Choose among these kernels only (None: all)."""
         self._allowed = None if names is None else tuple(names)
         self._prepared.clear()
 

@@ -8,7 +8,6 @@ A kernel is a module with four names:
 - `run(x_MK, prepared)`: y (M, N) in the type of x, for any number of tokens M >= 0 and any stride of x.
 
 `reference.py` defines what all of them compute. Rule of choice: the first of `KERNELS` that has no reason against it.
-Those in `BY_NAME_ONLY` are taken only when they are named: they have not passed `tests/gpu` in their present form.
 `cuda` is for Hopper, `triton` for any GPU, `cpu` for processors. `dequantized` comes last because it can always run; it serves float32 and
 float64, and devices that no kernel here knows.
 """
@@ -23,7 +22,6 @@ from rosaq.kernels import cpu, cuda, dequantized, portable
 from rosaq.layout import LinearLayout
 
 KERNELS: tuple[ModuleType, ...] = (cuda, portable, cpu, dequantized)
-BY_NAME_ONLY: tuple[ModuleType, ...] = (cuda,)
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -33,7 +31,7 @@ def kernel_names() -> tuple[str, ...]:
 
 def reasons(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For each kernel, what keeps it from running this layer, or None where it can."""
-    return {kernel.NAME: _reason(kernel, layout, torch.device(device), dtype, None) for kernel in KERNELS}
+    return {kernel.NAME: kernel.why_not(layout, torch.device(device), dtype) for kernel in KERNELS}
 
 
 def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None) -> ModuleType:
@@ -43,7 +41,7 @@ def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype, names
         layout: form of the layer.
         device: where the stored tensors and the activations lie.
         dtype: type of the activations.
-        names: kernels to choose from; by default all but those of `BY_NAME_ONLY`.
+        names: kernels to choose from; by default all.
 
     Raises:
         ValueError: an unknown name, or no kernel can run the layer (each one's reason is given).
@@ -55,18 +53,11 @@ def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype, names
     for kernel in KERNELS:
         if names is not None and kernel.NAME not in names:
             continue
-        reason = _reason(kernel, layout, torch.device(device), dtype, names)
+        reason = kernel.why_not(layout, torch.device(device), dtype)
         if reason is None:
             return kernel
         against.append(f"{kernel.NAME}: {reason}")
     raise ValueError(f"no kernel runs {layout} on {device} for {dtype} activations. " + "; ".join(against))
-
-
-def _reason(kernel: ModuleType, layout: LinearLayout, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None) -> str | None:
-    reason = kernel.why_not(layout, device, dtype)
-    if reason is None and names is None and kernel in BY_NAME_ONLY:
-        return "experimental, taken only when it is named"
-    return reason
 
 
 def matmul(x: torch.Tensor, layout: LinearLayout, tensors: Mapping[str, torch.Tensor], names: Sequence[str] | None = None) -> torch.Tensor:
