@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conftest import random_model, tokenizer
 from rosaq.engines.loading import verify_checkpoint
+from rosaq.learned import Learned
+from rosaq.workfolder import tensors_hash
 
 SERVER = Path(__file__).parent / "faults" / "server.py"
 KILLS = 20
@@ -62,13 +65,23 @@ def copied(model, tmp_path):
 
 
 def command(model, output, *more, recipe="rosaq-paper"):
-    sizes = ["--samples", 70, "--seq-len", 64, "--salient", 16, "--salient-per-head", 4, "--group-size", 16]  # three batches of tokens
+    sizes = ["--samples", 70, "--seq-len", 64]  # three batches of tokens
+    if recipe == "rosaq-paper":
+        sizes += ["--salient", 16, "--salient-per-head", 4, "--group-size", 16]
     return ["quantize", model, "-o", output, "--calibration", model / "text.jsonl", "--recipe", recipe, "--device", "cpu", "--quiet", *sizes, *more]
 
 
-def gptq_recipe(folder):
-    file = folder / "small.toml"
-    file.write_text('name = "small"\nbits = 3\ngroup_size = 16\nsalient = 16\nsalient_per_head = 4\nsalient_down = 16\nrounding = "gptq"\n')
+GPTQ = dict(bits=3, group_size=16, salient=16, salient_per_head=4, salient_down=16, rounding="gptq")
+NONE_SALIENT = dict(bits=3, group_size=16, salient=0, salient_per_head=0)
+LEARNED = dict(rotation="learned", head_rotation="learned", learning_steps=2, learning_rate=1.5, clipping="awq", down_scaling="none")
+ONLINE = dict(down_rotation="hadamard", rounding="gptq", act_order="true")
+
+
+def toml(folder, name, **fields):
+    """A recipe file."""
+    file = folder / f"{name}.toml"
+    values = {key: value if isinstance(value, int | float) or value == "true" else f'"{value}"' for key, value in fields.items()}
+    file.write_text(f'name = "{name}"\n' + "".join(f"{key} = {value}\n" for key, value in values.items()))
     return file
 
 
@@ -84,7 +97,8 @@ def work(output):
 def whole(rosaq, model, tmp_path_factory):
     """What an uninterrupted run gives, and how many disk operations it takes: by recipe."""
     folder, found = tmp_path_factory.mktemp("whole"), {}
-    for recipe in ("rosaq-paper", gptq_recipe(model)):
+    awq = toml(model, "awq", **NONE_SALIENT, rotation="none", head_rotation="none", scaling="awq", clipping="awq")
+    for recipe in ("rosaq-paper", toml(model, "small", **GPTQ), toml(model, "learned", **NONE_SALIENT, **LEARNED, **ONLINE), awq):
         done = rosaq(*command(model, folder / f"{recipe}".replace("/", "-"), recipe=recipe))
         assert done["codes"] == [0], done["errors"]
         output = folder / f"{recipe}".replace("/", "-")
@@ -119,12 +133,29 @@ def test_killed_at_any_moment_the_same_command_goes_on(rosaq, model, whole, tmp_
 
 @pytest.mark.parametrize("number", range(4))
 def test_killed_by_the_clock(rosaq, model, whole, tmp_path, number):
-    recipe = list(whole)[number % 2]
+    recipe = list(whole)[number]
     first = rosaq(*command(model, tmp_path / "out", recipe=recipe), after=random.Random(number).uniform(0.05, 0.8))
     if first["codes"] != [0]:  # on a fast machine it may be done by then
         done = rosaq(*command(model, tmp_path / "out", recipe=recipe))
         assert done["codes"] == [0], done["errors"]
     assert content(tmp_path / "out") == whole[recipe][0]
+
+
+def test_a_learned_rotation_is_learned_once(rosaq, model, whole, tmp_path):
+    """Killed once it is on disk, a run goes on with the record: it is given other losses, which the checkpoint then tells."""
+    recipe = list(whole)[2]
+    wanted, operations = whole[recipe]
+    output = tmp_path / "out"
+    assert rosaq(*command(model, output, recipe=recipe), at=int(0.6 * operations), fault="SIGKILL")["codes"] == [-9]
+    file = work(output) / "rotations-learned.safetensors"
+    learned = Learned.from_tensors(load_file(file))
+    losses = learned.record["losses"]
+    assert json.loads(wanted["rosaq.json"])["report"]["learning"] == learned.record and len(losses) == 2
+    learned.record["losses"] = [loss + 1 for loss in losses]
+    save_file(learned.tensors(), file, {"sha256": tensors_hash(learned.tensors())})
+    assert rosaq(*command(model, output, recipe=recipe))["codes"] == [0]
+    assert json.loads((output / "rosaq.json").read_text())["report"]["learning"]["losses"] == [loss + 1 for loss in losses]
+    assert (output / "model.safetensors").read_bytes() == wanted["model.safetensors"]
 
 
 @pytest.mark.parametrize(("signal", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -244,7 +275,7 @@ def test_two_runs_do_not_share_an_output(rosaq, model, tmp_path):
         ended(rosaq(*command(model, tmp_path / "out")), "another run is at work on this output")
 
 
-@pytest.mark.parametrize("recipe", [0, 1])
+@pytest.mark.parametrize("recipe", range(4))
 @pytest.mark.parametrize("ranks", [2, 3, 5])  # of three batches of tokens and three blocks: with 5, some have nothing to do
 def test_ranks_make_what_one_makes(rosaq, model, whole, tmp_path, ranks, recipe):
     name = list(whole)[recipe]

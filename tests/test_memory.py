@@ -77,6 +77,8 @@ def test_the_estimate_grows_with_what_it_is_made_of():
     a = Architecture(FAMILIES["llama"], 4096, 11008, 32, 32, 32, 128, 32000, False, 4096)
     usual = estimate(a, "cpu", 4, (128 * 2048, 2048), False)
     assert usual.activations == 128 * 2048 * 4096 * 4
+    learning = estimate(a, "cpu", 4, (128 * 2048, 2048), False, (8 * 2048, 2048))
+    assert learning.host > 2 * 6.7e9 and learning.host > estimate(a, "cpu", 4, (128 * 2048, 2048), False, (2 * 2048, 2048)).host
     assert estimate(a, "cpu", 4, (128 * 2048, 2048), True).host > usual.host > estimate(a, "cuda", 2, (128 * 2048, 16384), False).host > 2 * 4 * 10**8
 
 

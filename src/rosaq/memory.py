@@ -77,8 +77,8 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
         if learning[0]:
             model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
-            step = learning[0] * (a.layers * a.hidden + 16 * a.hidden + 8 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 3
-            host = max(host, model + step + weights * 4 * 6)
+            step = learning[0] * (a.layers * a.hidden + 36 * a.hidden + 18 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 6
+            host = max(host, model + step + weights * 4 * 14)  # factors by measurement: a block and its gradient
     return Work(host, tokens[0] * a.hidden * itemsize)
 
 
