@@ -17,7 +17,7 @@ LEVELS = {
     "rosaq.basis": 5, "rosaq.statistics": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
     "rosaq.pipeline": 6, "rosaq.engines.loading": 6, "rosaq.engines.vllm_layers": 6,
     "rosaq.benchmark": 6, "rosaq.engines.vllm": 7,
-    "rosaq.comparison": 7, "rosaq.inspection": 7,
+    "rosaq.comparison": 7, "rosaq.inspection": 7, "rosaq.distillation": 7,
     "rosaq": 8,
     "rosaq_cli": 9,
     "rosaq.__main__": 10,

@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def options():
     """Options of each rosaq command, from its help."""
     found = {}
-    for command in ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
+    for command in ("quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes"):
         help_text = subprocess.run(
             [sys.executable, "-m", "rosaq", command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
         )
@@ -105,6 +105,8 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "report.py",
         "plots.py",
         "page.py",
+        "trainable.py",
+        "training.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

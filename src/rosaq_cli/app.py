@@ -12,6 +12,7 @@ import typer
 
 from rosaq_cli import benchmark
 from rosaq_cli.compare import compare
+from rosaq_cli.distill import distill
 from rosaq_cli.evaluate import evaluate
 from rosaq_cli.generate import generate
 from rosaq_cli.inspect import inspect
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(rich_help_panel="Quantize")(quantize)
+app.command(rich_help_panel="Quantize")(distill)
 app.command(rich_help_panel="Quantize")(recipes)
 app.command(rich_help_panel="Quantize")(verify)
 app.command(rich_help_panel="Run and measure")(evaluate)
