@@ -61,6 +61,21 @@ def refused(result, *words):
         assert str(word) in err, err
 
 
+def test_distill(cli, saved, text_file, tmp_path):
+    original, packed, out = saved("llama"), tmp_path / "packed", tmp_path / "out"
+    assert cli("quantize", original, "-o", packed, "--calibration", text_file, *SIZES)[0] == 0
+
+    def distill(*options):
+        return cli("distill", packed, "--model", original, "-o", out, "--calibration", text_file, "--seq-len", 32, "--device", "cpu", *options)
+
+    refused(distill("--samples", 4), "samples is 4; distillation takes 8 windows a step")
+    refused(distill("--learning-rates", "1e-3"), "--learning-rates is '1e-3'; it takes three numbers")
+    code, shown, error = distill("--samples", 16, "--epochs", 2)
+    assert code == 0 and "KL divergence" in shown and "4 steps" in shown, error
+    assert "whole, format 1" in cli("verify", out)[1]
+    refused(distill("--samples", 16), out, "output folder is not empty")
+
+
 def test_bad_models(cli, saved, text_file, tmp_path):
     def quantize(model):
         return cli("quantize", model, "-o", tmp_path / "out", "--calibration", text_file, *SIZES)

@@ -19,7 +19,7 @@ LEVELS = {
     "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.export": 6, "rosaq.engines.serving": 6,
     "rosaq.engines.vllm_layers": 7,
     "rosaq.job": 7, "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
-    "rosaq.pipeline": 8, "rosaq.inspection": 8,
+    "rosaq.pipeline": 8, "rosaq.inspection": 8, "rosaq.distillation": 8,
     "rosaq.benchmark.quantizing": 9, "rosaq.comparison": 9,
     "rosaq": 10,
     "rosaq_cli": 11,

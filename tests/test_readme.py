@@ -32,7 +32,7 @@ def options():
     """Options of each rosaq command, from its help."""
     found = {}
     environment = {**os.environ, "COLUMNS": "200"}
-    names = ("quantize", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "benchmark decode")
+    names = ("quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "benchmark decode")
     for command in names:
         line = [sys.executable, "-m", "rosaq", *command.split(), "--help"]
         help_text = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
@@ -116,6 +116,8 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "decoding.py",
         "decoding_run.py",
         "model_shapes.py",
+        "trainable.py",
+        "training.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

@@ -13,6 +13,7 @@ import typer
 
 from rosaq_cli import benchmark
 from rosaq_cli.compare import compare
+from rosaq_cli.distill import distill
 from rosaq_cli.evaluate import evaluate
 from rosaq_cli.export import export
 from rosaq_cli.generate import generate
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(rich_help_panel="Quantize")(quantize)
+app.command(rich_help_panel="Quantize")(distill)
 app.command(rich_help_panel="Quantize")(recipes)
 app.command(rich_help_panel="Quantize")(verify)
 app.command(rich_help_panel="Run and measure")(evaluate)

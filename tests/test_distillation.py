@@ -1,0 +1,262 @@
+"""Distillation: exact gradients, a smaller divergence at the same bytes of codes, a checkpoint that loads as it was trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rosaq import Calibration, load_recipe, open_source, quantize
+from rosaq.distillation import Settings, distill
+from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
+from rosaq.distillation.training import kl_divergence, rate_factor
+from rosaq.engines.loading import verify_checkpoint
+from rosaq.kernels.reference import dequantize
+from rosaq.layout import LinearLayout
+from rosaq.linear import RosaqLinear
+from rosaq.packing import unpack, unpack_zeros
+from rosaq.rounding.linear import quantize_linear
+from rosaq.skeleton import full_model
+
+IDS = torch.arange(3, 43).view(2, 20)
+DEFAULT = Settings()
+SMALL = dict(group_size=16, salient=16, salient_per_head=4)
+LAYOUTS = {
+    "int4, int8 salient, one block": LinearLayout(20, 72, 4, 16, salient=8, salient_bits=8),
+    "int3, float16 salient, heads, ragged groups": LinearLayout(12, 96, 3, 16, blocks=4, salient=4),
+    "ordered, with bias": LinearLayout(16, 48, 4, 32, salient=8, bias=True, ordered=True),
+    "nothing salient, 8 bits": LinearLayout(9, 40, 8, 16),
+}
+
+
+def packed(layout: LinearLayout) -> RosaqLinear:
+    torch.manual_seed(3)
+    module = RosaqLinear(layout)
+    order = torch.randperm(layout.in_features) if layout.ordered else None
+    tensors = quantize_linear(torch.randn(layout.out_features, layout.in_features), layout, order)
+    module.load_state_dict({**tensors, **({"bias": torch.randn(layout.out_features).half()} if layout.bias else {})})
+    return module
+
+
+def through(value, rounded):
+    """A rounding that the gradient does not see."""
+    return value + (rounded - value).detach()
+
+
+def reference_product(x, packed, ratio, salient):
+    """The product by plain autograd, column by column of the stored form."""
+    form, t = packed.layout, packed.tensors()
+    columns, group = form.quantized_columns(), form.column_groups()
+    differences = unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
+    scales = ratio * t["scales"].double()
+    weight = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
+    weight = weight.index_copy(1, columns, differences.double() * through(scales, scales.half().double())[:, group])
+    if salient is not None and form.salient_bits == 8:
+        step = t["salient_scales"].double()[:, None]
+        salient = through(salient, torch.round(salient / step).clamp(-127, 127) * step)
+    elif salient is not None:
+        salient = through(salient, salient.half().double())
+    if salient is not None:
+        weight = weight.index_copy(1, form.salient_columns(), salient)
+    x = x[..., t["order"].long()] if form.ordered else x
+    return x @ weight.T + (t["bias"].double() if form.bias else 0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_are_those_of_autograd(name):
+    source = packed(LAYOUTS[name])
+    layer = TrainableLinear(source, torch.float64).double()
+    with torch.no_grad():  # away from the start, where every rounding is exact
+        for parameter in layer.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    x = torch.randn(2, 5, source.in_features, dtype=torch.float64, requires_grad=True)
+    wanted_of = [x, *layer.parameters()]
+    copies = [tensor.detach().clone().requires_grad_() for tensor in wanted_of]
+    y = layer(x)
+    wanted = reference_product(copies[0], source, copies[1], copies[2] if len(copies) > 2 else None)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad((y * weights).sum(), wanted_of), torch.autograd.grad((wanted * weights).sum(), copies), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_not_trained_is_stored_as_it_was(name):
+    source = packed(LAYOUTS[name])
+    layer = TrainableLinear(source, torch.float32)
+    tensors = source.tensors()
+    assert torch.equal(layer.weight(layer.ratio, layer.salient, torch.float32), dequantize(source.layout, tensors))
+    assert all(torch.equal(tensor, tensors[part]) for part, tensor in layer.stored().items())
+
+
+def test_no_dense_weight_is_kept_for_the_backward_pass():
+    layer = TrainableLinear(packed(LAYOUTS["int4, int8 salient, one block"]), torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        layer(torch.randn(3, 72, requires_grad=True))
+    assert set(kept) == {(3, 72), layer.ratio.shape, layer.salient.shape}
+
+
+def test_group_sums():
+    form = LAYOUTS["int3, float16 salient, heads, ragged groups"]
+    values = torch.randn(12, form.blocks * form.quantized, dtype=torch.float64)
+    wanted = torch.zeros(12, form.groups, dtype=torch.float64).index_add(1, form.column_groups(), values)
+    torch.testing.assert_close(group_sums(values, form), wanted)
+
+
+def test_the_divergence_is_kl():
+    p, q = torch.randn(5, 7).softmax(-1), torch.randn(5, 7).softmax(-1)
+    torch.testing.assert_close(kl_divergence(p.log(), q.log()), (p * (p / q).log()).sum(-1).mean())
+
+
+def test_the_rate_rises_and_falls():
+    factors = [rate_factor(step, 200) for step in range(200)]
+    assert max(range(200), key=factors.__getitem__) == 9 and factors[0] == pytest.approx(0.1) and factors[-1] < 1e-3
+    assert rate_factor(0, 1) == 1.0
+
+
+@pytest.fixture
+def made(saved, text_file, tmp_path):
+    """Quantize a tiny model: (family, recipe, **changes) -> (checkpoint, original)."""
+
+    def make(family, recipe, **changes):
+        original = saved(family)
+        chosen = load_recipe(recipe)
+        chosen = chosen.replace(**{**{key: value for key, value in SMALL.items() if key == "group_size" or getattr(chosen, key)}, **changes})
+        quantize(str(original), tmp_path / "packed", chosen, Calibration(str(text_file), 4, 32), "cpu")
+        return tmp_path / "packed", str(original)
+
+    return make
+
+
+CASES = {
+    "heads, three bits": ("llama", "rosaq-gptq-int3", dict(salient_down=16), 0.8),
+    "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-int3", dict(embedding_bits="8"), 0.3),
+    "ordered, tied table": ("llama-tied", "mixed", dict(bits=3), 0.2),
+    "norms of heads, nothing salient": ("qwen3", "rtn", dict(bits=3), 0.1),
+}
+TRAINED = (".scales", ".salient", "norm.weight")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path):
+    """On windows held out, by the factor that the case names."""
+    family, recipe, changes, factor = CASES[case]
+    checkpoint, original = made(family, recipe, **changes)
+    settings = Settings(epochs=4, learning_rates=(1e-2, 1e-3, 1e-2))
+    report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
+    assert len(report.losses) == 32
+    assert report.after["kl_divergence"] < factor * report.before["kl_divergence"]
+
+    verify_checkpoint(tmp_path / "out")
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert list(before) == list(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith(TRAINED) and name.startswith(("model.layers.", "model.norm")) for name in changed)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    for part in TRAINED:
+        assert any(name.endswith(part) for name in changed) == any(name.endswith(part) for name in before)
+
+
+def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
+    """The divergence of the loaded checkpoint is the one reported, and its logits are the student's."""
+    checkpoint, original = made("qwen2", "rosaq-int3", embedding_bits="8")
+    text = Calibration(str(text_file), 8, 48)
+    report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2)), "cpu")
+    loaded, student = (AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32) for _ in range(2))
+    make_trainable(student, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(student(IDS).logits, loaded(IDS).logits, rtol=1e-5, atol=1e-5)
+    from rosaq.clock import no_progress
+    from rosaq.evaluation.perplexity import divergence
+    from rosaq.statistics import read_windows
+
+    source = open_source(original)
+    held_out = read_windows(source, Calibration(str(text_file), 16, 48), "cpu")[8:]
+    again = divergence(loaded, full_model(source, torch.float32), held_out, no_progress)
+    assert again.kl_divergence == pytest.approx(report.after["kl_divergence"], rel=1e-4)
+
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "out"))
+    record = new["quantization_config"]["calibration"].pop("distillation")
+    assert new == old
+    assert record["held_out_kl_after"] == report.after["kl_divergence"] and record["settings"]["learning_rates"] == [1e-2, 1e-3, 1e-2]
+    manifest = json.loads((tmp_path / "out" / "rosaq.json").read_text())
+    assert manifest["distillation"]["losses"] == report.losses and manifest["report"]
+    assert "## Distilled" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="distilled already"):
+        distill(tmp_path / "out", original, tmp_path / "twice", text, device="cpu")
+
+
+def test_blocks_are_run_again_in_the_backward_pass(made):
+    """So that only their inputs are kept; lm_head, with its 8-bit table, runs once and takes no gradient of its own."""
+    checkpoint, _ = made("llama", "rosaq-int4", embedding_bits="8")
+    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    make_trainable(student, torch.float32)
+    calls: dict[str, int] = {}
+    for name, module in student.named_modules():
+        if isinstance(module, TrainableLinear):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    student(IDS, use_cache=False).logits.square().mean().backward()
+    assert calls.pop("lm_head") == 1 and set(calls.values()) == {2} and len(calls) == 14
+    missing = [name for name, parameter in student.named_parameters() if (parameter.grad is None) == parameter.requires_grad]
+    assert missing == [] and student.lm_head.ratio.grad is None
+
+
+def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
+    checkpoint, original = made("llama", "rosaq-int4")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        distill(checkpoint, original, tmp_path / name, Calibration(str(text_file), 8, 48, seed), Settings(epochs=1), "cpu")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+    assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+
+
+def test_a_rate_of_zero_leaves_a_part_alone(made, text_file, tmp_path):
+    checkpoint, original = made("llama", "rosaq-int4")
+    settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2))
+    distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 8, 48), settings, "cpu")
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[0][-4:] for name in before if not torch.equal(before[name], after[name])} <= {"norm"}
+
+
+def test_refusals(made, saved, text_file, tmp_path):
+    checkpoint, original = made("llama", "rosaq-int4")
+    text = Calibration(str(text_file), 8, 48)
+
+    def refused(match, model=original, calibration=text, folder=checkpoint, settings=DEFAULT):
+        with pytest.raises(ValueError, match=match):
+            distill(folder, model, tmp_path / "out", calibration, settings, "cpu")
+        assert not list(tmp_path.glob("*out*"))
+
+    refused(r"not the original of .*packed: family is qwen2, the checkpoint's is llama", str(saved("qwen2")))
+    refused("samples is 7; distillation takes 8 windows a step", calibration=Calibration(str(text_file), 7, 48))
+    refused("300 windows of 48 need|308 windows of 48 need", calibration=Calibration(str(text_file), 300, 48))
+    refused("seq-len is 129 tokens, but .* has a context of 128", calibration=Calibration(str(text_file), 8, 129))
+    refused("not the folder of a rosaq checkpoint", folder=original)
+    refused(
+        "on held-out windows rose from .* lower the learning rates",
+        settings=Settings(learning_rates=(0.99, 0.99, 0.99)),
+        calibration=Calibration(str(text_file), 64, 48),
+    )
+    with pytest.raises(ValueError, match="learning rates are"):
+        Settings(learning_rates=(0, 0, 0))
+    with pytest.raises(ValueError, match="epochs is 0"):
+        Settings(epochs=0)
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    refused("SHA-256 differs")
+
+
+def test_a_vocabulary_of_another_size_is_refused(made, saved, text_file, tmp_path):
+    checkpoint, _ = made("llama", "rosaq-int4")
+    with pytest.raises(ValueError, match="vocabulary is 101, the checkpoint's is 97"):
+        distill(checkpoint, str(saved("llama", vocab_size=101)), tmp_path / "out", Calibration(str(text_file), 8, 48), device="cpu")
+
+
+@pytest.mark.parametrize("recipe", ["rosaq-paper-per-layer", "rosaq-heads-concatenated", "quarot-r4"])
+def test_rotations_at_run_time_are_refused(recipe, made, text_file, tmp_path):
+    checkpoint, original = made("llama", recipe)
+    with pytest.raises(ValueError, match="rotates at run time"):
+        distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 8, 48), device="cpu")
+    assert not list(tmp_path.glob("*out*"))
