@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rosaq_cli.screen import show_json, show_table, silence_transformers, stage_bars
+from rosaq_cli.screen import results, show_json, show_table, silence_transformers, stage_bars
 
 
 def distill(
@@ -43,8 +43,8 @@ def distill(
             for name, key in (("KL divergence", "kl_divergence"), ("top-1 agreement", "top1_agreement"))
         ]
         rows.append(["perplexity", *(f"{found['model']['perplexity']:.3f}" for found in (report.before, report.after))])
-        title = f"{output}: {len(report.losses)} steps in {report.seconds['training']:.1f} s; on {settings.held_out} windows held out"
-        show_table(title, ["", "before", "after"], rows)
+        show_table(f"{output}, on {settings.held_out} windows held out", ["", "before", "after"], rows)
+        results.print(f"{len(report.losses)} steps; training took {report.seconds['training']:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _rates(text: str) -> tuple[float, float, float]:
