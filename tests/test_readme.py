@@ -34,7 +34,7 @@ def options():
     environment = {**os.environ, "COLUMNS": "200"}
     names = ("quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "benchmark decode")
     for command in names:
-        line = [sys.executable, "-m", "rosaq", *command.split(), "--help"]
+        line = [sys.executable, "-c", "from rosaq_cli.app import main; main()", *command.split(), "--help"]  # without torch, in a second
         help_text = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
     return found
