@@ -3,7 +3,8 @@
 import pytest
 
 from rosaq import load_recipe, open_source
-from rosaq.benchmark.quantizing import SHAPES, Case, benchmark_quantize
+from rosaq.benchmark.model_shapes import named_config
+from rosaq.benchmark.quantizing import Case, benchmark_quantize
 from rosaq.run import Means
 
 RECIPE = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4)
@@ -25,4 +26,4 @@ def test_what_there_is_no_shape_of(tmp_path):
         benchmark_quantize(Case("huge"), tmp_path, RECIPE, "cpu", Means())
     with pytest.raises(ValueError, match="blocks is 81; llama-2-70b has 1 to 80"):
         benchmark_quantize(Case("llama-2-70b", 81), tmp_path, RECIPE, "cpu", Means())
-    assert SHAPES["llama-3-8b"].config(32).num_key_value_heads == 8
+    assert named_config("llama-3-8b", 32).num_key_value_heads == 8

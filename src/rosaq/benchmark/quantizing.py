@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
+from rosaq.benchmark.model_shapes import SHAPES, named_config
 from rosaq.clock import Progress, no_progress
 from rosaq.distributed import current_ranks
 from rosaq.pipeline import quantize
@@ -22,39 +22,8 @@ from rosaq.recipe import Recipe
 from rosaq.run import Means
 from rosaq.shard_files import ShardFiles
 
+NAMES = ("tiny", *(name for name, sizes in SHAPES.items() if sizes["model_type"] == "llama"))  # no biases: `make_model` writes none
 ONCE = ("open", "text", "rotation")  # stages that take as long for a part of the blocks as for all
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, as its config.json has them, and the type of its published weights."""
-
-    model_type: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    context: int
-    dtype: str
-
-    def config(self, layers: int) -> Any:
-        """A transformers config of the first so many blocks."""
-        return AutoConfig.for_model(
-            self.model_type, hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=self.vocabulary,
-            max_position_embeddings=self.context, tie_word_embeddings=False, dtype=self.dtype, rms_norm_eps=1e-5,
-        )  # fmt: skip
-
-
-SHAPES = {
-    "tiny": Shape("llama", 64, 176, 4, 4, 2, 500, 2048, "float16"),
-    "llama-2-7b": Shape("llama", 4096, 11008, 32, 32, 32, 32000, 4096, "float16"),
-    "llama-3-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128256, 8192, "bfloat16"),
-    "llama-2-70b": Shape("llama", 8192, 28672, 80, 64, 8, 32000, 4096, "float16"),
-    "llama-3-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128256, 8192, "bfloat16"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,15 +40,14 @@ class Case:
     warm: bool = False
 
 
-def make_model(shape: Shape, layers: int, folder: Path, device: str, progress: Progress = no_progress) -> None:
+def make_model(shape: str, layers: int, folder: Path, device: str, progress: Progress = no_progress) -> None:
     """Write random weights of a shape: what is there already, whole, stays.
 
     A weight is normal with variance 1 / inputs, a norm's weight is between 0.5 and 1.5, and the first channels of the
     embedding are larger than the others, so that activations have strong directions.
     """
-    config, dtype = shape.config(layers), getattr(torch, shape.dtype)
-    a = Architecture.of(config)
-    config.architectures = [a.family.causal_lm]
+    config = named_config(shape, layers)
+    a, dtype = Architecture.of(config), config.dtype
     names = [a.block_prefix(i) + name for i in range(layers) for name in a.required()]
     forms = {name: (a.tensor_shape(name.removeprefix(a.block_prefix(int(name.split(".")[2])))), dtype) for name in names}
     forms |= {f"{module}.weight": ((a.vocabulary, a.hidden), dtype) for module in (EMBEDDING, HEAD)}
@@ -132,15 +100,15 @@ def benchmark_quantize(case: Case, folder: Path, recipe: Recipe, device: str, me
         ValueError: no such shape, or more blocks than it has.
     """
     name, ranks = case.shape, current_ranks()
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r}; allowed are {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    layers = shape.layers if case.blocks is None else case.blocks
-    if not 1 <= layers <= shape.layers:
-        raise ValueError(f"blocks is {layers}; {name} has 1 to {shape.layers}")
+    if name not in NAMES:
+        raise ValueError(f"shape {name!r}; allowed are {', '.join(NAMES)}")
+    a = Architecture.of(named_config(name))
+    layers = a.layers if case.blocks is None else case.blocks
+    if not 1 <= layers <= a.layers:
+        raise ValueError(f"blocks is {layers}; {name} has 1 to {a.layers}")
     model, output = folder / f"{name}-{layers}", folder / f"{name}-{layers}-quantized"
     if ranks.first:
-        make_model(shape, layers, model, device, progress)
+        make_model(name, layers, model, device, progress)
         if not case.warm:
             drop_from_cache(model)
         if output.exists():
@@ -149,18 +117,18 @@ def benchmark_quantize(case: Case, folder: Path, recipe: Recipe, device: str, me
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(shape.vocabulary, (case.samples, case.seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(a.vocabulary, (case.samples, case.seq_len), generator=torch.Generator().manual_seed(0))
     report = quantize(str(model), output, recipe, ids, device, progress, Means(means.max_memory, force=True))
     if ranks.first:
         shutil.rmtree(output)
     return {
         "shape": name,
         "blocks": layers,
-        "blocks_of_model": shape.layers,
+        "blocks_of_model": a.layers,
         "ranks": ranks.count,
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU",
         "warm": case.warm,
         "tokens": [case.samples, case.seq_len],
         "report": vars(report),
-        "seconds_of_all_blocks": {stage: time * (1 if stage in ONCE else shape.layers / layers) for stage, time in report.seconds.items()},
+        "seconds_of_all_blocks": {stage: time * (1 if stage in ONCE else a.layers / layers) for stage, time in report.seconds.items()},
     }
