@@ -35,15 +35,31 @@ def finish_checkpoint(
         ValueError: the disk is full or refuses.
     """
     with disk_errors(work.destination):
-        for companion in [config, *companions]:
-            companion.save_pretrained(work.checkpoint)
-        for name, text in texts.items():
-            (work.checkpoint / name).write_text(text, encoding="utf-8")
-        entry = {"format_version": FORMAT_VERSION, "files": shards.finish(), **manifest}
-        (work.checkpoint / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-        for file in (*work.checkpoint.iterdir(), work.checkpoint):
-            flush(file)
+        write_beside(work.checkpoint, shards.finish(), config, manifest, texts, companions)
     work.publish()
+
+
+def write_beside(
+    folder: Path, files: dict[str, dict[str, Any]], config: Any, manifest: dict[str, Any], texts: dict[str, str], companions: list[Any]
+) -> None:
+    """Write what stands beside the shards, and have the whole folder on disk.
+
+    Args:
+        folder: with the shards in it.
+        files: hash and size of each shard, by name.
+        config: as for `finish_checkpoint`, like the rest.
+        manifest: see there.
+        texts: see there.
+        companions: see there.
+    """
+    for companion in [config, *companions]:
+        companion.save_pretrained(folder)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    entry = {"format_version": FORMAT_VERSION, "files": files, **manifest}
+    (folder / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    for file in (*folder.iterdir(), folder):
+        flush(file)
 
 
 def check_published(work: WorkFolder, report: dict[str, Any]) -> dict[str, Any]:

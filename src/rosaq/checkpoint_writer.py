@@ -4,7 +4,6 @@ What quantizing writes is laid out beforehand and filled in any order (`shard_fi
 the other, and nobody knows how many.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rosaq.checkpoint import FORMAT_VERSION, MANIFEST
-from rosaq.shard_files import INDEX, SHARD_BYTES, sha256
+from rosaq.checkpoint import write_beside
+from rosaq.shard_files import SHARD_BYTES, sha256, shard_name, write_index
 from rosaq.workfolder import check_destination, disk_errors, flush
 
 
@@ -72,14 +71,7 @@ class CheckpointWriter:
         with disk_errors(self.destination):
             if self._pending:
                 self._write_shard()
-            for companion in [config, *companions]:
-                companion.save_pretrained(self.folder)
-            for name, text in texts.items():
-                (self.folder / name).write_text(text, encoding="utf-8")
-            entry = {"format_version": FORMAT_VERSION, "files": self._name_shards(), **manifest}
-            (self.folder / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-            for file in self.folder.iterdir():
-                flush(file)
+            write_beside(self.folder, self._name_shards(), config, manifest, texts, companions)
             check_destination(self.destination)
             if self.destination.exists():
                 self.destination.rmdir()
@@ -88,7 +80,7 @@ class CheckpointWriter:
             self._finished = True
 
     def _write_shard(self) -> None:
-        path = self.folder / f"shard-{len(self._shards)}.safetensors"
+        path = self.folder / f"shard-{len(self._shards) + 1}.safetensors"
         with disk_errors(self.destination):
             save_file(self._pending, path, metadata={"format": "pt"})
             path.chmod(0o666 & ~_umask())
@@ -98,16 +90,14 @@ class CheckpointWriter:
 
     def _name_shards(self) -> dict[str, dict[str, Any]]:
         """Give the shards the names that transformers looks for; hashes and sizes by name."""
-        count = len(self._shards)
-        names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        files = {}
-        for index, name in enumerate(names):
-            path = (self.folder / f"shard-{index}.safetensors").rename(self.folder / name)
+        count, files, weight_map = len(self._shards), {}, {}
+        for number, tensors in enumerate(self._shards, 1):
+            name = shard_name(number, count)
+            path = (self.folder / f"shard-{number}.safetensors").rename(self.folder / name)
             files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            weight_map.update(dict.fromkeys(tensors, name))
         if count > 1:
-            weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
-            index_json = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")
+            write_index(self.folder, weight_map, self._total_bytes)
         return files
 
 

@@ -46,8 +46,7 @@ class ShardFiles:
         self.total_bytes = sum(map(_bytes, forms.values()))
         self._headers: dict[str, tuple[bytes, int]] = {}
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._lay_out(file, {name: forms[name] for name in names})
+            self._lay_out(shard_name(number, count), {name: forms[name] for name in names})
 
     def _lay_out(self, file: str, forms: dict[str, Form]) -> None:
         type_names = {dtype: name for name, dtype in TYPES.items()}
@@ -122,12 +121,21 @@ class ShardFiles:
     def finish(self) -> dict[str, dict[str, Any]]:
         """Write the index where there are several shards; hashes and sizes of the shards by name."""
         if len(self._headers) > 1:
-            weight_map = {name: place.file.name for name, place in self.places.items()}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_index(self.folder, {name: place.file.name for name, place in self.places.items()}, self.total_bytes)
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(sha256, [self.folder / name for name in self._headers]))
         return {name: {"sha256": digest, "bytes": size} for (name, (_, size)), digest in zip(self._headers.items(), hashes, strict=True)}
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard, counted from 1, as transformers looks for it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Write which tensor is in which of several shards."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
