@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, local Hugging Face folder, or .gguf file.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; must be empty or not exist.", show_default="none; required")
+        Path | None, typer.Option("--output", "-o", help="Folder to make; must be empty or not exist.", show_default="required unless --plan")
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="Shipped recipe ('rosaq recipes' lists them) or a .toml file.", autocompletion=complete_recipe)
