@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm lint types docs setup clean
+.PHONY: demo vllm test test-vllm lint types docs setup clean
 
 # PyTorch comes first and by itself, so that nothing asks for another build of it.
 $(VENV)/torch.done:
@@ -44,6 +44,8 @@ test: lint types
 .venv-vllm/done: scripts/vllm_cpu_env.sh pyproject.toml
 	PYTHON=$(PYTHON) scripts/vllm_cpu_env.sh .venv-vllm
 	touch $@
+
+vllm: .venv-vllm/done
 
 test-vllm: .venv-vllm/done $(VENV)/demo.done
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
