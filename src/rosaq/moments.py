@@ -210,7 +210,8 @@ def _run(source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype,
     part = windows[mine]
     runner = BlockRunner(source.config, windows.shape[1], dtype, device)
     with Activations((part.shape[0], windows.shape[1], a.hidden), dtype, device, flow.place, flow.folder) as hidden:
-        _embed(source, part, hidden, dtype, tokens)
+        with clock("embedding"):
+            _embed(source, part, hidden, (device, dtype), tokens)
         blocks = source.blocks(range(a.layers), device)
         for index in range(a.layers):
             with clock("reading"):
@@ -253,10 +254,10 @@ def folded(tensors: Block, dtype: torch.dtype) -> Block:
     return {name: tensor.to(dtype) for name, tensor in exact.items()}
 
 
-def _embed(source: Source, windows: torch.Tensor, hidden: Activations, dtype: torch.dtype, tokens: int) -> None:
-    table = source.embedding()
+def _embed(source: Source, windows: torch.Tensor, hidden: Activations, form: tuple[str, torch.dtype], tokens: int) -> None:
+    table = source.embedding().to(form[0])
     for rows in batches(windows, tokens):
-        hidden.write(rows, torch.nn.functional.embedding(windows[rows], table).to(dtype))
+        hidden.write(rows, torch.nn.functional.embedding(windows[rows].to(form[0]), table).to(form[1]))
 
 
 def _hook(block: torch.nn.Module, site: str, sums: _SiteSums | _MomentSum) -> torch.utils.hooks.RemovableHandle:

@@ -103,9 +103,12 @@ def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Repo
         report.learning = job.bases.learning
     with run.clock("rounding"):
         report.resumed_blocks = _round_blocks(run, job, calibration, results, flow)
-        _round_tables(run, job, results)
     with run.clock("writing"):
         work.settle()
+    with run.clock("tables"):
+        _round_tables(run, job, results)
+        work.settle()
+    with run.clock("writing"):
         run.ranks.wait()
         if first:
             _finish(work, results, run, report)
@@ -156,9 +159,7 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
     modules = [FINAL_NORM, EMBEDDING] if job.plan.tied else [FINAL_NORM, EMBEDDING, HEAD]
     for index, module in enumerate(modules):
         if index % run.ranks.count == run.ranks.rank and not results.done(module):
-            stored = quantize_table(job, module)
-            with run.clock("writing"):
-                results.later(module, stored)
+            results.later(module, quantize_table(job, module))
 
 
 def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
