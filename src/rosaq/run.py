@@ -15,7 +15,7 @@ from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan
 from rosaq.recipe import Recipe
 from rosaq.source import Source
-from rosaq.statistics import Statistics, calibration_record, check_length, check_windows, compute_dtype, read_windows
+from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
 from rosaq.workfolder import WorkFolder, tensors_hash
 
@@ -111,7 +111,6 @@ class Run:
             magnitudes = {f"{i:05d}.{site}": kept.magnitude for i, block in enumerate(calibration.inputs) for site, kept in block.items()}
             return {**calibration.record, "statistics": tensors_hash(magnitudes)}, calibration.windows
         if isinstance(calibration, torch.Tensor):
-            check_length(calibration.shape[1], self.source)
             check_windows(calibration, self.source)
             return calibration_record({"text": "token ids"}, calibration), calibration
         if calibration.text == "self":
@@ -120,7 +119,6 @@ class Run:
         if self.ranks.first:
             with self.clock("text"):
                 windows = read_windows(self.source, calibration, self.device, self.progress)
-                check_windows(windows, self.source)
         windows = self.ranks.agree(windows)
         return calibration_record(calibration.to_dict(), windows), windows
 

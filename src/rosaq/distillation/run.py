@@ -17,8 +17,9 @@ from rosaq.distillation.trainable import TrainableLinear, is_norm, make_trainabl
 from rosaq.distillation.training import Settings, train
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.evaluation.perplexity import divergence
+from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.skeleton import full_model
-from rosaq.source import SafetensorsFolder, Source, open_source
+from rosaq.source import Source, open_source
 from rosaq.statistics import read_windows
 from rosaq.workfolder import check_destination
 
@@ -90,7 +91,8 @@ def distill(
         ValueError: the checkpoint is not whole, is distilled already, rotates at run time or is not of this original,
             there is too little text, the divergence on the held-out windows rises, or the destination is taken; nothing is left behind.
     """
-    checkpoint, device, clock = Path(checkpoint), resolve_device(device), Clock()
+    checkpoint, device = Path(checkpoint), resolve_device(device)
+    clock = Clock(device)
     check_destination(Path(output).expanduser().absolute())
     with clock("open"):
         manifest = verify_checkpoint(checkpoint)
@@ -135,11 +137,7 @@ def _windows(source: Source, calibration: Calibration, settings: Settings, devic
     """Windows to train on, and those that are held out."""
     if calibration.samples < settings.batch:
         raise ValueError(f"samples is {calibration.samples}; distillation takes {settings.batch} windows a step, so it needs that many or more")
-    if calibration.seq_len > source.architecture.context:
-        raise ValueError(f"seq-len is {calibration.seq_len} tokens, but {source.name} has a context of {source.architecture.context}")
     windows = read_windows(source, replace(calibration, samples=calibration.samples + settings.held_out), device, progress)
-    if int(windows.max()) >= source.architecture.vocabulary:
-        raise ValueError(f"token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}; is the tokenizer the model's?")
     return windows[: calibration.samples].clone(), windows[calibration.samples :].clone()
 
 
