@@ -7,7 +7,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # Level of each module; a sub-package counts as its files. What is not listed fails.
 LEVELS = {
     "rosaq.version": 0, "rosaq.layout": 0, "rosaq.packing": 0, "rosaq.recipe": 0, "rosaq.architecture": 0, "rosaq.clock": 0, "rosaq.device": 0,
-    "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.hadamard": 0,
+    "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.text_files": 0, "rosaq.hadamard": 0,
     "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
     "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1, "rosaq.memory": 1, "rosaq.activations": 1,
     "rosaq.shard_files": 1, "rosaq.workfolder": 1,
