@@ -121,7 +121,7 @@ def distill(
 
 def _config(checkpoint: Path, source: Source) -> Any:
     """The checkpoint's config; an original of another form is refused, and a second distillation, of which the record would forget the first."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     own, other = Architecture.of(config, str(checkpoint)), source.architecture
     for part in fields(Architecture):  # a table that was tied may be stored twice, each with its own rotation
         if part.name != "tied" and getattr(own, part.name) != getattr(other, part.name):
@@ -144,7 +144,9 @@ def _windows(source: Source, calibration: Calibration, settings: Settings, devic
 def _load(checkpoint: Path, source: Source, device: str) -> tuple[Any, dict[str, list[torch.nn.Parameter]], Any]:
     """Student, what of it is trained, and teacher."""
     compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map=device, local_files_only=True).eval()
+    student = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, device_map=device, local_files_only=True, trust_remote_code=False
+    ).eval()
     return student, make_trainable(student, compute), full_model(source, compute, device)
 
 

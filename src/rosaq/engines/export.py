@@ -58,7 +58,7 @@ def export(checkpoint: str | Path, output: str | Path, form: str = "dense", dtyp
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     register()
     verify(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", local_files_only=True, trust_remote_code=False)
     config, recipe = copy.deepcopy(model.config), model.config.quantization_config.recipe
     del config.quantization_config
     config.dtype = kind
