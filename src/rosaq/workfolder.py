@@ -176,13 +176,23 @@ def work_path(destination: Path) -> Path:
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse an output that exists and is not an empty folder, unless a run has just given it its name."""
+    """Refuse an output that exists and is not an empty folder, unless a run has just given it its name.
+
+    A link or a mount point is refused too: the finished folder is renamed to its place, which neither can be.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    if destination.is_symlink():
+        raise ValueError(f"{destination}: output is a symbolic link, not a folder; name the folder itself")
+    if os.path.ismount(destination):
+        raise ValueError(f"{destination}: output is a mount point; name a folder inside it")
     if destination.is_dir():
         work = work_path(destination)
         only_to_clean = work.is_dir() and not (work / CHECKPOINT).exists()
         if any(destination.iterdir()) and not only_to_clean:
             raise ValueError(f"{destination}: output folder is not empty; name another or empty it")
-    elif destination.exists() or destination.is_symlink():
+    elif destination.exists():
         raise ValueError(f"{destination}: output is not a folder")
 
 
