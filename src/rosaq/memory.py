@@ -1,5 +1,6 @@
 """How much memory a run takes on the host, and where the activations go: device, pinned host memory or disk."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from rosaq.architecture import LINEARS, SITES, Architecture
 
 UNITS = {"": 1, "B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}}
 DEVICE_SHARE = 4  # activations stay on a GPU where they take at most so small a part of its free memory
+LIBRARIES = 64 << 20  # what libraries take on first use, and what the allocator keeps: 10 to 55 MiB by measurement
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -79,7 +81,7 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
             model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
             step = learning[0] * (a.layers * a.hidden + 36 * a.hidden + 18 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 6
             host = max(host, model + step + weights * 4 * 14)  # factors by measurement: a block and its gradient
-    return Work(host, tokens[0] * a.hidden * itemsize)
+    return Work(host + LIBRARIES, tokens[0] * a.hidden * itemsize)
 
 
 def place_activations(work: Work, device: str, limit: int | None) -> str:
@@ -99,6 +101,6 @@ def place_activations(work: Work, device: str, limit: int | None) -> str:
         needed, place = work.activations, "host"
     room = available_bytes() if limit is None else limit - resident_bytes()
     if room < work.host and limit is not None:
-        least = (resident_bytes() + work.host) / 2**30
+        least = math.ceil((resident_bytes() + work.host) / 2**30 * 100) / 100
         raise ValueError(f"max-memory is {limit / 2**30:.2f} GiB, but this model takes about {least:.2f} GiB even with its activations on disk")
     return place if work.host + needed <= room else "disk"
