@@ -16,6 +16,7 @@ from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
 from rosaq.job import Job, find_bases, quantize_block, quantize_table
 from rosaq.learned import Learned, learning_key
+from rosaq.memory import device_bound
 from rosaq.moments import Flow
 from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
@@ -69,7 +70,7 @@ def quantize(
         parts = checkpoint_parts(source, plan)
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
-    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work:
+    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work, device_bound(device, means.max_device_memory):
         if windows is None:
             assert isinstance(calibration, Calibration)
             windows = run.sampled(calibration, work)

@@ -30,10 +30,12 @@ class Means:
         max_memory: host memory in bytes that the process may take, so that activations go to disk where they do not
             fit; None: what the machine has free.
         force: start over, whatever an earlier run with this output has done.
+        max_device_memory: memory of a GPU in bytes that PyTorch may take; None: what is free.
     """
 
     max_memory: int | None = None
     force: bool = False
+    max_device_memory: int | None = None
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Run:
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
         work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
-        return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
+        place = place_activations(work, self.device, means.max_memory, means.max_device_memory)
+        return Flow(0, self.ranks, place, folder, self.clock)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rosaq import Calibration, load_recipe, measure, open_source, quantize
+from rosaq import Calibration, Means, load_recipe, measure, open_source, quantize
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
 from rosaq.rounding.gptq import _recorded, _round_columns
@@ -85,3 +85,18 @@ def test_a_recorded_launch_is_the_plain_one():
         recorded = _recorded(64, 200, 15, torch.float32, weight.device)(weight, factor, scale, zero)
         plain = _round_columns(weight.clone(), factor, scale, zero, 15)
         assert all(torch.equal(a, b) for a, b in zip(recorded, plain, strict=True))
+
+
+def test_a_bound_on_the_gpus_memory_holds(saved, text_file, tmp_path):
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4)
+    model, text = str(saved("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=3)), Calibration(str(text_file), 64, 64)
+    torch.cuda.empty_cache()
+    with pytest.raises(ValueError, match=r"cuda: out of memory with .* GiB held: max-device-memory is 0.02 GiB"):
+        quantize(model, tmp_path / "out", recipe, text, "cuda", means=Means(max_device_memory=20 << 20))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    report = quantize(model, tmp_path / "out", recipe, text, "cuda", means=Means(max_device_memory=1 << 30))
+    assert 0 < report.peak_device_bytes <= torch.cuda.max_memory_reserved() <= 1 << 30
+    quantize(model, tmp_path / "free", recipe, text, "cuda")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "free")]
+    assert files[0].read_bytes() == files[1].read_bytes()
