@@ -5,6 +5,7 @@ Sizes follow from the config alone. Times are counts of operations over rates th
 """
 
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def forecast(
         source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
         on_host + resident_bytes(), available_bytes() + resident_bytes() if means.max_memory is None else means.max_memory,
         device_bytes(a, recipe, work.activations if place == "device" else 0) if cuda else 0,
-        torch.cuda.mem_get_info(device)[0] if cuda else 0,
+        min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0,
         plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
         stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
     )  # fmt: skip
@@ -188,7 +189,7 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
     product, exact = rates.product * REACHED[kind], rates.exact * REACHED[kind]
     attention = a.width("attn_out")
     run = tokens * (2 * sum(weights.values()) + 4 * calibration.seq_len * attention) / product
-    seconds = {"text": 0.0}
+    seconds = {"text": 0.0, "embedding": 2 * a.vocabulary * a.hidden / rates.read}
     if calibration.text == "self":
         steps = -(-calibration.samples // SAMPLED_TOGETHER) * calibration.seq_len
         each = 2 * min(SAMPLED_TOGETHER, calibration.samples) * (sum(weights.values()) * a.layers + a.vocabulary * a.hidden)
@@ -201,7 +202,8 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
         seconds["learning"] = recipe.learning_steps * a.layers * step
     seconds["rotation"] = _eigen(a.hidden, exact, rates) if recipe.rotation == "global" else 0.0
     seconds["preparing"] = a.layers * _preparing(a, recipe, weights, exact, rates)
-    seconds["rounding"] = a.layers * _rounding(a, recipe, weights, exact, rates) + _tables(a, recipe, plan, exact, rates)
+    seconds["rounding"] = a.layers * _rounding(a, recipe, weights, exact, rates)
+    seconds["tables"] = _tables(a, recipe, plan, exact, rates)
     passes = 2 + recipe.needs_moments
     reading = passes * 2 * a.layers * sum(weights.values()) / rates.read
     behind = sum(seconds.values()) if kind == "cuda" else 0.0  # on a GPU the next block is read meanwhile
