@@ -61,6 +61,13 @@ def test_a_hub_model_is_known_by_its_config(saved, family, tmp_path, monkeypatch
     assert {name for name in local.tensors} <= {name for name in source.tensors}
 
 
+def test_a_gguf_file_is_planned_for(smollm2):
+    recipe = load_recipe("rosaq-int4").replace(group_size=64, salient=64, salient_per_head=16)
+    said = forecast(str(smollm2), recipe, Calibration("self", 4, 64), "cpu", rates=RATES)
+    assert said.parameters == 134_515_008 and said.original_bytes == 269_030_016
+    assert 100e6 < said.checkpoint_bytes < said.original_bytes / 2 and said.activations_bytes == 4 * 64 * 576 * 4
+
+
 def total(name="rosaq-int4", shape="llama-2-7b", samples=128, seq_len=2048, kind="cpu", text="pile", rates=RATES):
     a, recipe = Architecture.of(named_config(shape)), load_recipe(name)
     return sum(stage_seconds(a, recipe, make_plan(recipe, a), Calibration(text, samples, seq_len), rates, kind).values())
