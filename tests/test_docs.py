@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -177,6 +178,14 @@ def test_the_format_page_names_every_tensor_and_key(saved, tmp_path):
     named += json.loads((tmp_path / "out" / "rosaq.json").read_text())
     assert len(named) > 20
     assert [name for name in named if f"`{name}`" not in page] == []
+
+
+def test_the_picture_stands_alone_in_light_and_dark():
+    text = (ROOT / "docs" / "images" / "rosaq.svg").read_text()
+    drawing = ElementTree.fromstring(text)
+    assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    kinds = [element.get("class") for element in drawing.iter("{http://www.w3.org/2000/svg}rect")]
+    assert kinds.count("raw") == 72 and kinds.count("salient") == 8 + 1 and kinds.count("rest") == 64 + 1 and kinds[0] == "card"
 
 
 @pytest.fixture(scope="module")

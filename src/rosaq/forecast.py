@@ -130,6 +130,7 @@ def forecast(
     run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
     windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")
     work, place = run.work(windows), run.flow(windows, means, Path()).place
+    free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
     rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
     on_host = work.host + (work.activations if place == "host" else 0)
     beside = kept_bytes(a, recipe, compute_dtype(source, device).itemsize) + (work.activations if place == "disk" else 0)
@@ -138,7 +139,7 @@ def forecast(
         source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
         on_host + resident_bytes(), available_bytes() + resident_bytes() if means.max_memory is None else means.max_memory,
         device_bytes(a, recipe, work.activations if place == "device" else 0) if cuda else 0,
-        min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0,
+        free,
         plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
         stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
     )  # fmt: skip
