@@ -8,6 +8,7 @@ shares are checked for completeness, and a local checkpoint is compared whole wi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,7 +17,14 @@ import torch
 from torch.nn import Parameter
 from transformers import AutoConfig
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, MergedColumnParallelLinear, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -165,7 +173,9 @@ class RosaqLinearMethod(LinearMethodBase):
                 if part not in layer.rosaq_biased:
                     raise ValueError(f"tensor '{module}.bias' is missing from the checkpoint")
         layout, tensors = self._joined(layer)
-        linear = RosaqLinear(layout, device="meta")
+        if (bias := _added_bias(layer)) is not None:
+            tensors["bias"] = bias
+        linear = RosaqLinear(replace(layout, bias=bias is not None), device="meta")
         for name, tensor in tensors.items():
             setattr(linear, name, tensor)
         device = tensors["qweight"].device
@@ -179,9 +189,9 @@ class RosaqLinearMethod(LinearMethodBase):
             _show_device(layer, device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The product (..., N) of x (..., K), with the bias where vLLM gives it (row layers: on one rank only)."""
-        y = torch.ops.vllm.rosaq_linear(x, layer.qweight, layer.rosaq_linear.out_features)
-        return y if bias is None else y + bias
+        """The product (..., N) of x (..., K), with the bias where vLLM gives it: then the kernel adds it."""
+        assert (bias is not None) == layer.rosaq_linear.layout.bias
+        return torch.ops.vllm.rosaq_linear(x, layer.qweight, layer.rosaq_linear.out_features)
 
     def _joined(self, layer: Any) -> tuple[LinearLayout, dict[str, torch.Tensor]]:
         if layer.rosaq_dummy:  # `--load-format dummy`: no tensor was handed over
@@ -227,6 +237,13 @@ def _rosaq_linear_fake(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torc
 def _show_device(layer: Any, device: torch.device) -> None:
     """Give a table the `weight` that vLLM's adapters ask for its device and type, and for nothing else."""
     layer.weight = Parameter(torch.zeros(1, dtype=layer.rosaq_dtype, device=device), requires_grad=False)
+
+
+def _added_bias(layer: Any) -> torch.Tensor | None:
+    """The bias that vLLM will hand to `apply`, on every call or never: row layers have it on one rank only."""
+    bias = getattr(layer, "bias", None)
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if bias is None or layer.skip_bias_add or elsewhere else bias.detach()
 
 
 def _stored_outputs(layer: Any) -> list[int]:
