@@ -197,9 +197,9 @@ class RosaqLinearMethod(LinearMethodBase):
         if layer.rosaq_dummy:  # `--load-format dummy`: no tensor was handed over
             for shard in layer.rosaq_shards:
                 shard.tensors = random_tensors(shard.layout, layer.qweight.device)
-        layout, tensors = join(layer.rosaq_shards)
-        for name in tensors:
+        for name in layer.rosaq_shards[0].stored.tensors():
             delattr(layer, name)
+        layout, tensors = join(layer.rosaq_shards)
         del layer.rosaq_shards
         return layout, tensors
 
