@@ -190,17 +190,18 @@ def test_an_adapter_is_served_beside_the_model(client, checkpoint, adapter, prom
     assert (tuned != continuations(client, prompts)).float().mean() > 0.2  # the adapter does something
 
 
-def test_completion_chat_and_streaming(client):
+def test_completion_chat_and_streaming(client, tokenizer):
     ask = dict(model=NAME, temperature=0, max_tokens=8)
     text = client.completions.create(prompt="The capital of France is", **ask).choices[0].text
     assert "Paris" in text
     streamed = [part.choices[0].text for part in client.completions.create(prompt="The capital of France is", stream=True, **ask)]
     assert len(streamed) > 2 and "".join(streamed) == text
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = client.chat.completions.create(messages=messages, **{**ask, "max_tokens": 16}).choices[0].message.content
-    assert "Paris" in answer
-    parts = client.chat.completions.create(messages=messages, stream=True, **{**ask, "max_tokens": 16})
-    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == answer
+    template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    expected = client.completions.create(prompt=tokenizer(template, add_special_tokens=False)["input_ids"], **ask).choices[0].text
+    assert client.chat.completions.create(messages=messages, **ask).choices[0].message.content == expected.strip()
+    parts = client.chat.completions.create(messages=messages, stream=True, **ask)
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip() == expected.strip()
 
 
 def test_thirty_two_requests_at_once(client, prompts):
