@@ -129,14 +129,14 @@ def decode(
     if "vllm" in engine and not vllm_installed():
         raise ValueError("vLLM is not installed in this environment; install it (pip install 'rosaq[vllm]') or give --engine transformers")
 
-    def told(timing: Timing) -> None:
+    def told(timing: Timing, so_far: dict[str, Any]) -> None:
         what = timing.failure or ", ".join(f"{pair}: {step:.2f} ms" for pair, step in timing.steps_ms.items())
         if not quiet:
             errors.print(f"{timing.engine} {timing.weights}: {what}", markup=False, highlight=False, soft_wrap=True)
+        if output is not None:  # after each case, so that a run that is stopped keeps what it has
+            output.write_text(json.dumps(so_far, indent=2) + "\n", encoding="utf-8")
 
     result = benchmark_decoding(model, chosen, settings, engine, weights or ["fp16", "rosaq", *(["machete", "marlin"] if cuda else ["w4a16"])], told)
-    if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if json_output:
         show_json(result)
     else:
