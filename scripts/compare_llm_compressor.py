@@ -1,7 +1,7 @@
 """Our RTN, GPTQ and AWQ beside llm-compressor's, and auto-round's: same model, calibration tokens, grid and evaluation windows.
 
 Usage: python scripts/compare_llm_compressor.py MODEL CALIBRATION_FILE DATA [--samples 32] [--seq-len 512] [--every 12]
-       [--bits 4] [--only NAME ...] [--device cuda] [--steps 200]
+       [--bits 4 3] [--only NAME ...] [--device cuda] [--steps 200]
 
 It needs llm-compressor 0.14 in an environment of its own, with rosaq on PYTHONPATH:
 
@@ -127,12 +127,17 @@ def compare_codes() -> None:
         print(f"one layer, {name}: loss {loss(mine - weight):.0f}, llm-compressor {loss(other - weight):.0f}, equal weights {equal:.2%}", flush=True)
 
 
-def all_rows(source: rosaq.Source, windows: torch.Tensor, bits: int, device: str, steps: int) -> dict[str, Make]:
-    """What makes each row's model, by its name."""
-    statistics = rosaq.measure(source, windows, device)
-    dense = Path(tempfile.mkdtemp())
+def save_dense(source: rosaq.Source) -> Path:
+    """A folder with the model in float32, which the others read."""
+    folder = Path(tempfile.mkdtemp())
     for part in (full_model(source, torch.float32), source.tokenizer):
-        part.save_pretrained(dense)
+        part.save_pretrained(folder)
+    return folder
+
+
+def all_rows(source: rosaq.Source, dense: Path, statistics: rosaq.Statistics, bits: int, device: str, steps: int) -> dict[str, Make]:
+    """What makes each row's model, by its name."""
+    windows = statistics.windows
     return {
         "original": lambda: full_model(source, torch.float32),
         "rtn, rosaq": lambda: ours(source, statistics, device, "rtn", bits=bits),
@@ -169,7 +174,8 @@ def compare_small(bits: int, steps: int) -> None:
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
         windows, held_out = torch.randint(512, (24, 64)).split([16, 8])
         wanted = model(held_out).logits
-        for name, make in all_rows(rosaq.open_source(folder), windows, bits, "cpu", steps).items():
+        source = rosaq.open_source(folder)
+        for name, make in all_rows(source, save_dense(source), rosaq.measure(source, windows, "cpu"), bits, "cpu", steps).items():
             error = (make()(held_out).logits - wanted).norm() / wanted.norm()
             print(f"small random Llama, {name:42} relative error of the logits {float(error):.4f}", flush=True)
 
@@ -183,7 +189,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--every", type=int, default=12, help="of the evaluation windows, each so-many-th")
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")
     parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names")
@@ -195,17 +201,19 @@ def main() -> None:
         IntermediatesCache.pin_memory = lambda *_, **__: None
     if not arguments.only:
         compare_codes()
-        compare_small(arguments.bits, arguments.steps)
-    calibration = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len)
-    windows = read_windows(source, calibration, "cpu")
-    rows = all_rows(source, windows, arguments.bits, arguments.device, arguments.steps)
-    for name, make in rows.items():
-        if arguments.only and not any(name.startswith(beginning) for beginning in arguments.only):
-            continue
-        start = time.perf_counter()
-        model = make().to(arguments.device)
-        seconds = time.perf_counter() - start
-        print(f"{name:42} perplexity {perplexity(model, held_out, no_progress).perplexity:.3f}, made in {seconds:.0f} s", flush=True)
+        compare_small(arguments.bits[0], arguments.steps)
+    calibration, dense = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), save_dense(source)
+    statistics = rosaq.measure(source, read_windows(source, calibration, "cpu"), arguments.device)
+    for bits in arguments.bits:
+        for name, make in all_rows(source, dense, statistics, bits, arguments.device, arguments.steps).items():
+            if arguments.only and not any(name.startswith(beginning) for beginning in arguments.only):
+                continue
+            start = time.perf_counter()
+            model = make().to(arguments.device)
+            seconds = time.perf_counter() - start
+            value = perplexity(model, held_out, no_progress).perplexity
+            print(f"INT{bits} {name:42} perplexity {value:.3f}, made in {seconds:.0f} s", flush=True)
+            del model
 
 
 if __name__ == "__main__":
