@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")
-    parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names")
+    parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names, at whose end stands a full stop")
     arguments = parser.parse_args()
     source = rosaq.open_source(arguments.model)
     held_out = text_windows(read_wikitext2(Path(arguments.data)), source.tokenizer)[:: arguments.every]
@@ -206,7 +206,7 @@ def main() -> None:
     statistics = rosaq.measure(source, read_windows(source, calibration, "cpu"), arguments.device)
     for bits in arguments.bits:
         for name, make in all_rows(source, dense, statistics, bits, arguments.device, arguments.steps).items():
-            if arguments.only and not any(name.startswith(beginning) for beginning in arguments.only):
+            if arguments.only and not any(f"{name}.".startswith(beginning) for beginning in arguments.only):
                 continue
             start = time.perf_counter()
             model = make().to(arguments.device)
