@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rosaq import Calibration, load_recipe, open_source, quantize
 from rosaq.distillation import Settings, distill
 from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
-from rosaq.distillation.training import kl_divergence, rate_factor
+from rosaq.distillation.training import HeadDivergence, rate_factor
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
@@ -44,14 +44,16 @@ def through(value, rounded):
     return value + (rounded - value).detach()
 
 
-def reference_product(x, packed, ratio, salient):
+def reference_product(x, packed, ratio, salient, codes):
     """The product by plain autograd, column by column of the stored form."""
     form, t = packed.layout, packed.tensors()
     columns, group = form.quantized_columns(), form.column_groups()
     differences = unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
     scales = ratio * t["scales"].double()
     weight = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
-    weight = weight.index_copy(1, columns, differences.double() * through(scales, scales.half().double())[:, group])
+    low = -unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group].double()
+    steps = differences.double() if codes is None else through(codes, torch.round(codes).clamp(low, low + 2**form.bits - 1))
+    weight = weight.index_copy(1, columns, steps * through(scales, scales.half().double())[:, group])
     if salient is not None and form.salient_bits == 8:
         step = t["salient_scales"].double()[:, None]
         salient = through(salient, torch.round(salient / step).clamp(-127, 127) * step)
@@ -63,30 +65,34 @@ def reference_product(x, packed, ratio, salient):
     return x @ weight.T + (t["bias"].double() if form.bias else 0)
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_are_those_of_autograd(name):
+def test_gradients_are_those_of_autograd(name, codes):
     source = packed(LAYOUTS[name])
-    layer = TrainableLinear(source, torch.float64).double()
+    layer = TrainableLinear(source, torch.float64, codes).double()
     with torch.no_grad():  # away from the start, where every rounding is exact
         for parameter in layer.parameters():
-            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+            parameter.mul_(1 + (0.3 if parameter is layer.codes else 0.05) * torch.randn_like(parameter))
     x = torch.randn(2, 5, source.in_features, dtype=torch.float64, requires_grad=True)
-    wanted_of = [x, *layer.parameters()]
-    copies = [tensor.detach().clone().requires_grad_() for tensor in wanted_of]
+    given = {"x": x, "ratio": layer.ratio, "salient": layer.salient, "codes": layer.codes}
+    copied = {key: None if tensor is None else tensor.detach().clone().requires_grad_() for key, tensor in given.items()}
+    wanted_of, copies = ([tensor for tensor in each.values() if tensor is not None] for each in (given, copied))
     y = layer(x)
-    wanted = reference_product(copies[0], source, copies[1], copies[2] if len(copies) > 2 else None)
+    wanted = reference_product(copied["x"], source, copied["ratio"], copied["salient"], copied["codes"])
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(y)
     for got, want in zip(torch.autograd.grad((y * weights).sum(), wanted_of), torch.autograd.grad((wanted * weights).sum(), copies), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_is_not_trained_is_stored_as_it_was(name):
+def test_what_is_not_trained_is_stored_as_it_was(name, codes):
     source = packed(LAYOUTS[name])
-    layer = TrainableLinear(source, torch.float32)
+    layer = TrainableLinear(source, torch.float32, codes)
     tensors = source.tensors()
-    assert torch.equal(layer.weight(layer.ratio, layer.salient, torch.float32), dequantize(source.layout, tensors))
+    assert torch.equal(layer.weight(torch.float32), dequantize(source.layout, tensors))
+    assert ("qweight" in layer.stored()) == codes
     assert all(torch.equal(tensor, tensors[part]) for part, tensor in layer.stored().items())
 
 
@@ -105,9 +111,19 @@ def test_group_sums():
     torch.testing.assert_close(group_sums(values, form), wanted)
 
 
-def test_the_divergence_is_kl():
-    p, q = torch.randn(5, 7).softmax(-1), torch.randn(5, 7).softmax(-1)
-    torch.testing.assert_close(kl_divergence(p.log(), q.log()), (p * (p / q).log()).sum(-1).mean())
+def test_the_divergence_is_kl(monkeypatch):
+    """And its gradient autograd's, however many tokens are taken at a time."""
+    torch.manual_seed(0)
+    found, wanted, head, teacher_head = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 4), (5, 4), (7, 4), (7, 4)))
+    copy = found.clone().requires_grad_()
+    p, log_q = (wanted @ teacher_head.T).softmax(-1), (copy @ head.T).log_softmax(-1)
+    kl = (p * (p.log() - log_q)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(3 * kl, copy)
+    for tokens in (1, 2, 5):
+        monkeypatch.setattr("rosaq.distillation.training.CHUNK_BYTES", 4 * 7 * tokens)
+        loss = HeadDivergence.apply(found.requires_grad_(), wanted, head, teacher_head)
+        torch.testing.assert_close(loss, kl)
+        torch.testing.assert_close(torch.autograd.grad(3 * loss, found)[0], gradient)
 
 
 def test_the_rate_rises_and_falls():
@@ -144,7 +160,7 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
     """On windows held out, by the factor that the case names."""
     family, recipe, changes, factor = CASES[case]
     checkpoint, original = made(family, recipe, **changes)
-    settings = Settings(epochs=4, learning_rates=(1e-2, 1e-3, 1e-2))
+    settings = Settings(epochs=4, learning_rates=(1e-2, 1e-3, 1e-2, 0))
     report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
     assert len(report.losses) == 32
     assert report.after["kl_divergence"] < factor * report.before["kl_divergence"]
@@ -159,11 +175,22 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
         assert any(name.endswith(part) for name in changed) == any(name.endswith(part) for name in before)
 
 
+def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
+    """With only them trained, only they change, and the divergence on windows held out falls."""
+    checkpoint, original = made("llama", "rtn", bits=3)
+    settings = Settings(learning_rates=(0, 0, 0, 2e-1))
+    report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
+    assert report.after["kl_divergence"] < 0.6 * report.before["kl_divergence"]
+    verify_checkpoint(tmp_path / "out")
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"qweight"}
+
+
 def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     """The divergence of the loaded checkpoint is the one reported, and its logits are the student's."""
     checkpoint, original = made("qwen2", "rosaq-int3", embedding_bits="8")
     text = Calibration(str(text_file), 8, 48)
-    report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2)), "cpu")
+    report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2, 0)), "cpu")
     loaded, student = (AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32) for _ in range(2))
     make_trainable(student, torch.float32)
     with torch.inference_mode():
@@ -180,7 +207,7 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "out"))
     record = new["quantization_config"]["calibration"].pop("distillation")
     assert new == old
-    assert record["held_out_kl_after"] == report.after["kl_divergence"] and record["settings"]["learning_rates"] == [1e-2, 1e-3, 1e-2]
+    assert record["held_out_kl_after"] == report.after["kl_divergence"] and record["settings"]["learning_rates"] == [1e-2, 1e-3, 1e-2, 0]
     manifest = json.loads((tmp_path / "out" / "rosaq.json").read_text())
     assert manifest["distillation"]["losses"] == report.losses and manifest["report"]
     assert "## Distilled" in (tmp_path / "out" / "README.md").read_text()
@@ -214,7 +241,7 @@ def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
 
 def test_a_rate_of_zero_leaves_a_part_alone(made, text_file, tmp_path):
     checkpoint, original = made("llama", "rosaq-int4")
-    settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2))
+    settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2, 0))
     distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 8, 48), settings, "cpu")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {name.rpartition(".")[0][-4:] for name in before if not torch.equal(before[name], after[name])} <= {"norm"}
@@ -236,11 +263,11 @@ def test_refusals(made, saved, text_file, tmp_path):
     refused("not the folder of a rosaq checkpoint", folder=original)
     refused(
         "on held-out windows rose from .* lower the learning rates",
-        settings=Settings(learning_rates=(0.99, 0.99, 0.99)),
+        settings=Settings(learning_rates=(0.99, 0.99, 0.99, 0)),
         calibration=Calibration(str(text_file), 64, 48),
     )
     with pytest.raises(ValueError, match="learning rates are"):
-        Settings(learning_rates=(0, 0, 0))
+        Settings(learning_rates=(0, 0, 0, 0))
     with pytest.raises(ValueError, match="epochs is 0"):
         Settings(epochs=0)
     file = checkpoint / "model.safetensors"

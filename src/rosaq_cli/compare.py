@@ -22,6 +22,7 @@ def compare(
     group_size: Annotated[int | None, typer.Option(help="Channels that share a scale.", show_default="recipe's")] = None,
     salient: Annotated[int | None, typer.Option(help="Precise channels of q, k, v, gate, up, if any.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="The same of each head of o.", show_default="recipe's")] = None,
+    salient_down: Annotated[int | None, typer.Option(help="The same of down.", show_default="recipe's")] = None,
     calibration: Annotated[str, typer.Option(help="pile, c4, wikitext2 (hub), self, or a .txt/.jsonl file.")] = "pile",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
@@ -48,7 +49,7 @@ def compare(
     from rosaq.comparison.table import make_table
 
     silence_transformers()
-    chosen = tuple(sized(load_recipe(name), group_size, salient, salient_per_head) for name in _words("recipes", recipes))
+    chosen = tuple(sized(load_recipe(name), group_size, salient, salient_per_head, salient_down) for name in _words("recipes", recipes))
     experiment = Experiment(
         model, chosen, _numbers("bits", ",".join(bits or ["4,3"])), _numbers("seeds", seeds), _words("tasks", tasks),
         None if task_seeds is None else _numbers("task-seeds", task_seeds), Calibration(calibration, samples, seq_len),

@@ -141,10 +141,13 @@ def file_sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def sized(recipe: Recipe, group_size: int | None = None, salient: int | None = None, salient_per_head: int | None = None) -> Recipe:
+def sized(
+    recipe: Recipe, group_size: int | None = None, salient: int | None = None, salient_per_head: int | None = None, salient_down: int | None = None
+) -> Recipe:
     """A recipe with other sizes, where it has such channels at all: RTN stays without salient ones."""
     return recipe.replace(
         group_size=group_size,
         salient=salient if recipe.salient else None,
         salient_per_head=salient_per_head if recipe.salient_per_head else None,
+        salient_down=salient_down if recipe.salient_down else None,
     )
