@@ -26,7 +26,7 @@ def prepared_blocks(source, recipe, dtype=torch.float64):
     """The basis of the residual stream, all blocks in the recipe's basis, and the moments that they were made from."""
     statistics = measure(source, WINDOWS, "cpu")
     moments = list(collect_moments(source, WINDOWS, "cpu", torch.float32))
-    layouts = make_plan(recipe, source.architecture).linears
+    layouts = make_plan(recipe, source.architecture).blocks[0]
     residual, heads = draw_bases(recipe, source.architecture)
     basis = residual_basis(statistics.residual_moment(), recipe) if recipe.rotation == "global" else residual
     blocks = []
@@ -88,7 +88,7 @@ def energy(name, saved, site, seed=0):
     """Share of a site's energy in its salient channels, the mean over blocks."""
     source = open_source(str(saved("llama")))
     recipe = small(name).replace(seed=seed)
-    layout = make_plan(recipe, source.architecture).linears[{"attn_in": "q", "attn_out": "o"}[site]]
+    layout = make_plan(recipe, source.architecture).blocks[0][{"attn_in": "q", "attn_out": "o"}[site]]
     _, blocks, moments = prepared_blocks(source, recipe)
     shares = []
     for prepared, moment in zip(blocks, moments, strict=True):

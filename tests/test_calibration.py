@@ -95,7 +95,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
             model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())
         seen, prepared = {}, []
         for index, layer in enumerate(model.model.layers):
-            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears))
+            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.blocks[0]))
             layer.load_state_dict(prepared[-1].block)
             for norm, rotation in prepared[-1].rotations.items():
                 layer.get_submodule(norm).register_forward_hook(lambda _, x, y, rotation=rotation: y @ rotation.float())

@@ -83,14 +83,14 @@ def test_bits_per_weight_by_hand():
 
 def test_a_rotation_per_layer_pays_for_itself():
     plans = {name: make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-paper-per-layer")}
-    block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].linears.values())
+    block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].blocks[0].values())
     extra = plans["rosaq-paper-per-layer"].bits_per_weight - plans["rosaq-paper"].bits_per_weight
     assert extra == pytest.approx(2 * 16 * 4096**2 / block)
 
 
 def test_a_rotation_across_heads_pays_for_itself():
     head_wise, across = (make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-heads-concatenated"))
-    assert across.linears["o"].salient == 32 * 32 and across.linears["o"].blocks == 1
+    assert across.blocks[0]["o"].salient == 32 * 32 and across.blocks[0]["o"].blocks == 1
     assert across.bits_per_weight > head_wise.bits_per_weight + 0.9 * 16 * 4096**2 / (4 * 4096**2 + 3 * 4096 * 11008)
 
 

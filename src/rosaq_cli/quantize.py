@@ -17,6 +17,7 @@ def quantize(
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
     salient_down: Annotated[int | None, typer.Option(help="Channels of down that stay precise.", show_default="recipe's")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Bits per weight to stay under; they go where they count.", show_default=False)] = None,
     calibration: Annotated[str, typer.Option(help="pile, c4, wikitext2 (hub), self (sampled from the model), or a .txt/.jsonl file.")] = "pile",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
@@ -40,7 +41,7 @@ def quantize(
     from rosaq.memory import parse_size
 
     changes = {"salient": salient, "salient_per_head": salient_per_head, "salient_down": salient_down}
-    chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, **changes)
+    chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, target_bits=target_bits, **changes)
     means = Means(None if max_memory is None else parse_size(max_memory), force)
     text = Calibration(calibration, samples, seq_len, seed)
     with joined(device) as own_device:
