@@ -22,7 +22,7 @@ from rosaq.rounding.linear import Rounding, quantize_linear
 from rosaq.sensitivity import output_sensitivity
 from rosaq.skeleton import full_model
 
-SMALL = load_recipe("rosaq-gptq-int4").replace(group_size=32, salient=16, salient_per_head=8, salient_down=16)
+SMALL = load_recipe("rosaq-int4").replace(group_size=32, salient=16, salient_per_head=8, salient_down=16)
 IDS = torch.arange(3, 43).view(2, 20)
 
 

@@ -85,7 +85,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
     windows = torch.arange(160).remainder(90).view(5, 32)
     statistics = measure(source, windows, "cpu")
     moments = list(collect_moments(source, windows, "cpu", torch.float32))
-    for name in ("rosaq-gptq-int4", "mixed", "rosaq-paper-per-layer"):
+    for name in ("rosaq-int4", "mixed", "rosaq-paper-per-layer"):
         recipe = load_recipe(name)
         recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
         plan = make_plan(recipe, source.architecture)

@@ -235,7 +235,7 @@ def test_serve_says_what_is_missing(cli, saved, tmp_path):
     from rosaq.engines.dummy import dummy_config, write_dummy
 
     refused(cli("serve", saved("llama"), "--port", "1"), "not the folder of a rosaq checkpoint", "vllm serve")
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16)
     write_dummy(dummy_config(shape_config(str(tmp_path / "llama-original")), recipe, torch.float16), tmp_path / "out")
     refused(cli("serve", tmp_path / "out", "--port", "1"), "vLLM is not installed in this environment", "pip install")
 
@@ -248,7 +248,7 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
 
     monkeypatch.setattr(serving, "vllm_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16)
     write_dummy(dummy_config(shape_config(str(saved("llama"))), recipe, torch.float16), tmp_path / "out")
     command = serving.serve_command(tmp_path / "out", ["--port", "1"])
     assert command[3:] == [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rosaq import Calibration, load_recipe, open_source, quantize
 from rosaq.distillation import Settings, distill
 from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
-from rosaq.distillation.training import HeadDivergence, rate_factor
+from rosaq.distillation.training import HeadDivergence, _accumulate, head_weight, rate_factor
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
@@ -21,7 +21,7 @@ from rosaq.skeleton import full_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 DEFAULT = Settings()
-SMALL = dict(group_size=16, salient=16, salient_per_head=4)
+SMALL = dict(group_size=16, salient=16, salient_per_head=4, salient_down=16)
 LAYOUTS = {
     "int4, int8 salient, one block": LinearLayout(20, 72, 4, 16, salient=8, salient_bits=8),
     "int3, float16 salient, heads, ragged groups": LinearLayout(12, 96, 3, 16, blocks=4, salient=4),
@@ -147,8 +147,8 @@ def made(saved, text_file, tmp_path):
 
 
 CASES = {
-    "heads, three bits": ("llama", "rosaq-gptq-int3", dict(salient_down=16), 0.8),
-    "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-int3", dict(embedding_bits="8"), 0.3),
+    "heads, three bits": ("llama", "rosaq-int3", {}, 0.8),
+    "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-nearest", dict(bits=3, embedding_bits="8"), 0.3),
     "ordered, tied table": ("llama-tied", "mixed", dict(bits=3), 0.2),
     "norms of heads, nothing salient": ("qwen3", "rtn", dict(bits=3), 0.1),
 }
@@ -188,7 +188,7 @@ def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
 
 def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     """The divergence of the loaded checkpoint is the one reported, and its logits are the student's."""
-    checkpoint, original = made("qwen2", "rosaq-int3", embedding_bits="8")
+    checkpoint, original = made("qwen2", "rosaq-nearest", bits=3, embedding_bits="8")
     text = Calibration(str(text_file), 8, 48)
     report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2, 0)), "cpu")
     loaded, student = (AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32) for _ in range(2))
@@ -217,7 +217,7 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
 
 def test_blocks_are_run_again_in_the_backward_pass(made):
     """So that only their inputs are kept; lm_head, with its 8-bit table, runs once and takes no gradient of its own."""
-    checkpoint, _ = made("llama", "rosaq-int4", embedding_bits="8")
+    checkpoint, _ = made("llama", "rosaq-nearest", embedding_bits="8")
     student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     make_trainable(student, torch.float32)
     calls: dict[str, int] = {}
@@ -230,8 +230,25 @@ def test_blocks_are_run_again_in_the_backward_pass(made):
     assert missing == [] and student.lm_head.ratio.grad is None
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_products_in_bfloat16(family, made):
+    """As on a GPU: with and without autocast, which lowers attention only in training."""
+    checkpoint, original = made(family, "rosaq-nearest", embedding_bits="8")
+    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    parameters = make_trainable(student, torch.bfloat16, codes=True)
+    teacher = full_model(open_source(original), torch.bfloat16)
+    with torch.inference_mode():
+        wanted, got = exact(IDS).logits, student(IDS).logits
+    assert got.dtype == torch.float32 and float((got - wanted).norm() / wanted.norm()) < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [_accumulate(student, teacher, (head_weight(student), head_weight(teacher)), IDS)]
+    assert 0 < losses[0] < 1
+    assert all(float(each.grad.norm()) > 0 and each.grad.dtype == torch.float32 for part in parameters.values() for each in part)
+
+
 def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
+    checkpoint, original = made("llama", "rosaq-nearest")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         distill(checkpoint, original, tmp_path / name, Calibration(str(text_file), 8, 48, seed), Settings(epochs=1), "cpu")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
@@ -240,7 +257,7 @@ def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
 
 
 def test_a_rate_of_zero_leaves_a_part_alone(made, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
+    checkpoint, original = made("llama", "rosaq-nearest")
     settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2, 0))
     distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 8, 48), settings, "cpu")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -248,7 +265,7 @@ def test_a_rate_of_zero_leaves_a_part_alone(made, text_file, tmp_path):
 
 
 def test_refusals(made, saved, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
+    checkpoint, original = made("llama", "rosaq-nearest")
     text = Calibration(str(text_file), 8, 48)
 
     def refused(match, model=original, calibration=text, folder=checkpoint, settings=DEFAULT):
@@ -276,7 +293,7 @@ def test_refusals(made, saved, text_file, tmp_path):
 
 
 def test_a_vocabulary_of_another_size_is_refused(made, saved, text_file, tmp_path):
-    checkpoint, _ = made("llama", "rosaq-int4")
+    checkpoint, _ = made("llama", "rosaq-nearest")
     with pytest.raises(ValueError, match="vocabulary is 101, the checkpoint's is 97"):
         distill(checkpoint, str(saved("llama", vocab_size=101)), tmp_path / "out", Calibration(str(text_file), 8, 48), device="cpu")
 

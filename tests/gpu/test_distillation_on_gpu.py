@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-@pytest.mark.parametrize(("name", "rate"), [("rosaq-int3", 0), ("rosaq-int3", 1e-2), ("mixed", 0)])
+@pytest.mark.parametrize(("name", "rate"), [("rosaq-nearest", 0), ("rosaq-nearest", 1e-2), ("mixed", 0)])
 def test_the_divergence_falls_on_the_gpu(name, rate, saved, text_file, tmp_path):
     original = str(saved("qwen2"))
     recipe = load_recipe(name).replace(bits=3, group_size=16, salient=16, salient_per_head=4, embedding_bits="8")

@@ -12,8 +12,8 @@ from rosaq import Calibration, load_recipe, quantize
 pytestmark = pytest.mark.vllm
 BLOCK = "model.layers.1."
 CASES = {  # family and recipe: biases and INT8 salient channels; three bits; a gather of the inputs
-    "biased": ("llama-biased", "rosaq-int4", dict(salient=16, salient_per_head=4)),
-    "int3": ("qwen3", "rosaq-int3", dict(salient=16, salient_per_head=3)),
+    "biased": ("llama-biased", "rosaq-nearest", dict(salient=16, salient_per_head=4)),
+    "int3": ("qwen3", "rosaq-nearest", dict(bits=3, salient=16, salient_per_head=3)),
     "ordered": ("mistral", "mixed", dict(salient=16, salient_per_head=4)),
 }
 

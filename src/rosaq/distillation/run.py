@@ -22,7 +22,7 @@ from rosaq.source import SafetensorsFolder, Source, open_source
 from rosaq.statistics import read_windows
 from rosaq.workfolder import check_destination
 
-KEPT_BYTES = (48, 16)  # estimate of what autograd keeps of a block for each token, times its width and that of its feed-forward part
+KEPT_BYTES = (72, 28)  # estimate of what autograd keeps of a block for each token, times its width and that of its feed-forward part
 RECORD = "distillation"  # its key in quantization_config's calibration, and in rosaq.json
 
 

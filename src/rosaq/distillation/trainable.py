@@ -47,7 +47,7 @@ class TrainableLinear(torch.nn.Module):
 
     Args:
         packed: the layer; its tensors are read, and it may be dropped afterwards.
-        compute: type of the product, which y comes in.
+        compute: type of the product; x comes and y goes in the type of the model.
         codes: train the codes too, which takes a float32 number a weight.
     """
 
@@ -90,8 +90,8 @@ class TrainableLinear(torch.nn.Module):
         self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product (..., N) in the type that it is computed in."""
-        y = Product.apply(x.to(self.compute), self, self.ratio, self.salient, self.codes)
+        """The product (..., N) in the type of x: what comes out of several layers must be of one type."""
+        y = Product.apply(x.to(self.compute), self, self.ratio, self.salient, self.codes).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def scales(self) -> torch.Tensor:
