@@ -65,7 +65,8 @@ def test_options_in_the_table_exist(options):
 
 
 def test_the_first_code_block_runs(saved, tmp_path):
-    code = blocks("README.md", "python")[0].replace("group_size=64, salient=64, salient_per_head=16", "group_size=16, salient=16, salient_per_head=4")
+    sizes = "group_size=64, salient=64, salient_per_head=16, salient_down=128"
+    code = blocks("README.md", "python")[0].replace(sizes, "group_size=16, salient=16, salient_per_head=4, salient_down=16")
     scope = {"MODEL": str(saved("llama")), "OUT": str(tmp_path / "out")}
     exec(code, scope)
     assert scope["report"].bits_per_weight > 4 and scope["model"].is_quantized
