@@ -9,6 +9,7 @@ from rosaq.basis import Bases, draw_bases, prepare_block, residual_basis
 from rosaq.hadamard import hadamard_transform
 from rosaq.moments import collect_moments
 from rosaq.plan import make_plan
+from rosaq.saliency import salient_first, salient_first_blocks
 
 IDS = torch.arange(3, 43).view(2, 20)
 WINDOWS = torch.arange(160).remainder(90).view(5, 32)
@@ -111,3 +112,10 @@ def test_head_bases_hold_the_energy_in_order(saved):
     names = ("rosaq-heads-concatenated", "rosaq-paper", "rosaq-heads-shared", "rosaq-heads-none")
     concatenated, head_wise, shared, none = (energy(name, saved, "attn_out") for name in names)
     assert concatenated > head_wise > max(shared, none)
+
+
+def test_salient_channels_dealt_out_to_blocks():
+    magnitude = torch.tensor([3.0, 1, 9, 2, 8, 5, 7, 4])
+    assert salient_first_blocks(magnitude, 1, 2).tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
+    assert salient_first_blocks(magnitude, 2, 2).tolist() == [2, 6, 0, 1, 4, 5, 3, 7]
+    assert torch.equal(salient_first_blocks(magnitude, 3, 1), salient_first(magnitude, 3))

@@ -10,6 +10,7 @@ from rosaq_cli.screen import errors, results, show_json, show_table, silence_tra
 
 if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
     from rosaq import Recipe
+    from rosaq.comparison.table import Table
 
 DEFAULT = "rtn,mixed,rosaq-paper,rosaq-int4"
 
@@ -50,10 +51,8 @@ def compare(
     stopped, and several may work in one folder at once.
     """
     from rosaq import Calibration, open_source
-    from rosaq.comparison import pareto
     from rosaq.comparison.experiment import Experiment, sized
     from rosaq.comparison.published import published as of_the_paper
-    from rosaq.comparison.results import write_text
     from rosaq.comparison.run import compare as run
     from rosaq.comparison.table import make_table
 
@@ -68,13 +67,7 @@ def compare(
     with stage_bars(quiet or json_output) as progress:
         measured = run(experiment, output, _words("devices", devices), keep, _silent if quiet else announce, progress)
     table = make_table(f"{Path(model).name}: {len(chosen)} recipes", measured, paper)
-    for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("html", table.html())):
-        write_text(output / f"table.{suffix}", text)
-    write_text(output / "pareto.md", pareto.markdown(table))
-    if find_spec("matplotlib") is not None and pareto.points(table):
-        figure = pareto.plot(table)
-        for suffix in ("svg", "png"):
-            figure.savefig(output / f"pareto.{suffix}", dpi=150)
+    _write(output, table)
     if json_output:
         show_json({"cells": {cell.name: values for cell, values in measured}})
     else:
@@ -94,6 +87,20 @@ def _recipe(word: str) -> "Recipe":
         return recipe.replace(name=f"{recipe.name}-{target}", target_bits=float(target))
     except ValueError as error:
         raise ValueError(f"--recipes {word!r}: {error}") from error
+
+
+def _write(output: Path, table: "Table") -> None:
+    """The table in all its forms."""
+    from rosaq.comparison import pareto
+    from rosaq.comparison.results import write_text
+
+    for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("html", table.html())):
+        write_text(output / f"table.{suffix}", text)
+    write_text(output / "pareto.md", pareto.markdown(table))
+    if find_spec("matplotlib") is not None and pareto.points(table):
+        figure = pareto.plot(table)
+        for suffix in ("svg", "png"):
+            figure.savefig(output / f"pareto.{suffix}", dpi=150)
 
 
 def announce(line: str) -> None:
