@@ -119,3 +119,21 @@ def test_salient_channels_dealt_out_to_blocks():
     assert salient_first_blocks(magnitude, 1, 2).tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
     assert salient_first_blocks(magnitude, 2, 2).tolist() == [2, 6, 0, 1, 4, 5, 3, 7]
     assert torch.equal(salient_first_blocks(magnitude, 3, 1), salient_first(magnitude, 3))
+
+
+def test_w_down_in_blocks_is_exact(saved, monkeypatch):
+    """Its salient channels are dealt out to four blocks, which gate and up absorb."""
+    monkeypatch.setattr("rosaq.plan.DOWN_BLOCK_LEAST", 24)
+    source, recipe = open_source(str(saved("llama", intermediate_size=96))), small("rosaq-int4").replace(salient_down=32)
+    assert make_plan(recipe, source.architecture).blocks[0]["down"].blocks == 4
+    x = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis, blocks, _ = prepared_blocks(source, recipe)
+    for index, prepared in enumerate(blocks):
+        gain, original = source.block(index)["post_attention_layernorm.weight"].double(), source.block(index)
+
+        def feed_forward(x, block, part="mlp."):
+            gate, up, down = (block[f"{part}{name}_proj.weight"].double() for name in ("gate", "up", "down"))
+            return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        assert prepared.down_order.sort().values.tolist() == list(range(96)) and prepared.down_order.tolist() != list(range(96))
+        torch.testing.assert_close(feed_forward(x @ basis, prepared.block), feed_forward(x * gain, original) @ basis)

@@ -61,7 +61,7 @@ def test_commands_exist_and_take_their_options(options):
 
 def test_options_in_the_table_exist(options):
     named = set(re.findall(r"`(--[a-z-]+)`", (ROOT / "README.md").read_text()))
-    assert named and named <= options["quantize"]
+    assert named and named <= options["quantize"] | options["compare"]
 
 
 def test_the_first_code_block_runs(saved, tmp_path):
