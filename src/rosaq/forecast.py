@@ -1,7 +1,7 @@
 """What a run will take, before anything of the model is loaded: sizes, memory, disk, and an estimate of time.
 
 Sizes follow from the config alone. Times are counts of operations over rates that are measured on the device
-(`rates.py`), so they are as good as the counts: within a factor of two where it was tried (docs/log.md, 2026-11-22).
+(`rates.py`): within a factor of two where it was tried, which is the CPU (docs/log.md, 2026-11-22).
 """
 
 import shutil
@@ -31,7 +31,7 @@ from rosaq.skeleton import meta_model
 from rosaq.source import Source, is_hub_id, open_source, read_hub_config
 from rosaq.statistics import check_length, compute_dtype
 
-REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that whole decoder blocks reach
+REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that blocks reach; cuda: an estimate
 EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
 EIGEN_RATE = 0.2
 COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel
