@@ -32,8 +32,8 @@ def options():
     """Options of each rosaq command, from its help."""
     found = {}
     environment = {**os.environ, "COLUMNS": "200"}
-    names = ("quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "benchmark decode")
-    for command in names:
+    names = ["quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "report"]
+    for command in [*names, "benchmark decode"]:
         line = [sys.executable, "-c", "from rosaq_cli.app import main; main()", *command.split(), "--help"]  # without torch, in a second
         help_text = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))
@@ -118,6 +118,14 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
         "model_shapes.py",
         "trainable.py",
         "training.py",
+        "reading.py",
+        "interactive.py",
+        "static.py",
+        "summary.py",
+        "environment.py",
+        "commands.py",
+        "tables.py",
+        "drawing.py",
     }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")

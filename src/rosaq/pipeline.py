@@ -9,7 +9,8 @@ import torch
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rosaq.calibration import Calibration
-from rosaq.card import model_card
+from rosaq.card import CHANNELS, Pictures, model_card
+from rosaq.channel_picture import channel_picture
 from rosaq.checkpoint import check_published, finish_checkpoint, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
@@ -75,7 +76,8 @@ def quantize(
             windows = run.sampled(calibration, work)
         settings.pop("statistics", None)
         sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration_record(settings, windows), torch.device(device).type, *sizes, clock.seconds)
+        record, kind = calibration_record(settings, windows), torch.device(device).type
+        report = Report(recipe.to_dict(), record, kind, *sizes, clock.seconds, model=source.public_name)
         if work.published:
             report.learning = check_published(work, report.lasting()).get("learning", {})
             if run.ranks.first:
@@ -108,8 +110,16 @@ def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Repo
         work.settle()
         run.ranks.wait()
         if first:
-            _finish(work, results, run, report)
+            _finish(work, results, run, report, _pictures(job, calibration))
         run.ranks.wait()
+
+
+def _pictures(job: Job, statistics: Statistics) -> Pictures:
+    """What the model card shows: the rotation's effect, where one PCA turns the residual stream and a picture can be drawn."""
+    if job.recipe.rotation != "global" or job.bases.residual is None:
+        return Pictures({})
+    drawn = channel_picture(statistics.residual_moment(), job.bases.residual, job.recipe.salient)
+    return Pictures({} if drawn is None else {CHANNELS: drawn})
 
 
 def _make_job(run: Run, work: WorkFolder, statistics: Statistics) -> Job:
@@ -168,11 +178,12 @@ def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str,
     return iter([{}] * (job.source.architecture.layers - flow.start))
 
 
-def _finish(work: WorkFolder, results: Results, run: Run, report: Report) -> None:
+def _finish(work: WorkFolder, results: Results, run: Run, report: Report, pictures: Pictures) -> None:
     source, plan = run.source, run.plan
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = plan.tied
     config.dtype = source.dtype
     config.quantization_config = quantization_config(plan, report.recipe, report.calibration)
-    companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
-    finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, {"README.md": model_card(source, report)}, companions)
+    companions = [part for part in (source.tokenizer, source.generation_config, pictures) if part is not None]
+    texts = {"README.md": model_card(source, report, pictures)}
+    finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, texts, companions)

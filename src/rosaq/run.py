@@ -53,6 +53,7 @@ class Report:
         activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
         resumed_blocks: decoder blocks that an earlier run had rounded.
         learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
+        model: the original's hub id, or the last part of its local path.
     """
 
     recipe: dict[str, Any]
@@ -67,10 +68,11 @@ class Report:
     activations: str = ""
     resumed_blocks: int = 0
     learning: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
 
     def lasting(self) -> dict[str, Any]:
         """What is the same whenever and in how many goes the run is made: what the checkpoint says of it."""
-        names = ("recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
+        names = ("model", "recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
         return {name: getattr(self, name) for name in (*names, *(["learning"] if self.learning else []))}
 
 
