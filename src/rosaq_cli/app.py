@@ -20,6 +20,7 @@ from rosaq_cli.generate import generate
 from rosaq_cli.inspect import inspect
 from rosaq_cli.quantize import quantize
 from rosaq_cli.recipes import recipes
+from rosaq_cli.report import report
 from rosaq_cli.screen import errors
 from rosaq_cli.serve import SETTINGS, serve
 from rosaq_cli.verify import verify
@@ -38,6 +39,7 @@ app.command(rich_help_panel="Quantize")(verify)
 app.command(rich_help_panel="Run and measure")(evaluate)
 app.command(rich_help_panel="Run and measure")(compare)
 app.command(rich_help_panel="Run and measure")(inspect)
+app.command(rich_help_panel="Run and measure")(report)
 app.command(rich_help_panel="Run and measure")(generate)
 app.command(rich_help_panel="Run and measure", context_settings=SETTINGS)(serve)
 app.command(rich_help_panel="Run and measure")(export)
