@@ -71,6 +71,11 @@ def measured(tmp_path_factory):
     (there / "evaluate.json").write_text(json.dumps({**entry, "texts": {"wikitext2": figures.to_dict()}, "zeroshot": answered}))
     (there / "benchmarks").mkdir()
     (there / "benchmarks" / "kernels.json").write_text(json.dumps({"hardware": "a GPU", "torch": "2.11", "rows": kernel_rows()}))
+    seconds = {"open": 1.0, "activations": 5.0, "rounding": 4.0}
+    case = {"shape": "tiny", "blocks": 2, "blocks_of_model": 4, "ranks": 2, "hardware": "CPU", "warm": True, "tokens": [8, 64]}
+    every = {**seconds, "activations": 10.0, "rounding": 8.0}
+    timed = {**case, "report": {**vars(report), "seconds": seconds}, "seconds_of_all_blocks": every}
+    (there / "benchmarks" / "tiny.json").write_text(json.dumps(timed))
     (there / "benchmarks" / "decode.json").write_text(json.dumps(decoded()))
     return there
 
@@ -112,10 +117,10 @@ def plots_of(text):
 
 
 def test_everything_is_found_by_what_is_in_it(measured, evidence):
-    kinds = {"checkpoint", "comparison", "inspection", "run", "evaluation", "kernels", "decoding"}
+    kinds = {"checkpoint", "comparison", "inspection", "run", "evaluation", "kernels", "decoding", "quantizing"}
     assert {one.kind for one in evidence.found} == kinds and len(evidence.found) == len(kinds)
     one = read_evidence([measured / "benchmarks" / "decode.json", measured / "benchmarks"])  # a file, and again in its folder
-    assert [found.kind for found in one.found] == ["decoding", "kernels"]
+    assert [found.kind for found in one.found] == ["decoding", "kernels", "quantizing"]
     order = [(cell.name) for cell, _ in evidence.of("comparison")[0].cells][:5]
     assert order == ["original", "rtn.int4.seed0", "rtn.int4.seed1", "mixed.int4.seed0", "mixed.int4.seed1"]
 
@@ -177,6 +182,9 @@ def test_plots_have_the_data(page, measured, evidence):
     assert bars["rosaq"].y == [200.0, 500.0] and "2.00 times FP16, 0.80 times the best peer" in bars["rosaq"].notes[0]
     stages = json.loads((measured / "run.json").read_text())["seconds"]
     assert drawn["times"].views["run",][0].y == list(stages.values())
+    assert drawn["times"].views["tiny: tiny",][0].y == [1.0, 10.0, 8.0]
+    (times,) = next(section for section in sections(evidence) if section.name == "times").tables
+    assert times.rows[0].cells[:7] == ["tiny", "tiny", "rosaq-int4", "2 of 4", "2 x CPU", "10.0", "19.0"]
     methods = {series.name: series for series in drawn["pareto"].views["compare",]}
     assert methods["rosaq-int4"].bold and not methods["mixed"].bold and len(methods["rtn"].x) == 2
     found = next(row for row in table(evidence).rows if (row.method, row.bits) == ("rosaq-int4", 3))
@@ -200,7 +208,10 @@ def test_the_commands_repeat_what_was_done(evidence):
     assert lines[0].endswith("--calibration text.txt --samples 2 --seq-len 32 --seed 0")
     assert "rosaq compare model -o compare --recipes rtn,mixed,rosaq-int4 --bits 4,3 --seeds 0,1 --group-size 16" in lines[1]
     assert "--window 32" in lines[1] and not any("/" in word for line in lines for word in line.replace("1/16,4/16", "").split())
-    for line in lines:  # and the command line takes them
+    assert lines[-1].startswith(
+        "torchrun --nproc-per-node 2 -m rosaq benchmark quantize tiny --folder FOLDER --blocks 2 --recipe rosaq-int4 --group-size 16"
+    )
+    for line in [line.removeprefix("torchrun --nproc-per-node 2 -m ") for line in lines]:  # and the command line takes them
         command = re.match(r"rosaq ((?:benchmark )?\w+)", line)[1]
         code = "from rosaq_cli.app import main; main()"
         shown = subprocess.run(
@@ -230,7 +241,7 @@ def test_the_command(measured, tmp_path):
     done = CliRunner().invoke(app, ["report", str(measured), "-o", str(tmp_path / "r.html"), "--figures", str(tmp_path / "figures"), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert len(told["found"]) == 7 and len(told["figures"]) == 16 and all(Path(file).is_file() for file in told["figures"])
+    assert len(told["found"]) == 8 and len(told["figures"]) == 16 and all(Path(file).is_file() for file in told["figures"])
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 

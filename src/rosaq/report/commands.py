@@ -26,13 +26,7 @@ def commands(evidence: Evidence) -> list[str]:
         dtype = str(one.data["rows"][0]["dtype"]).removeprefix("torch.")
         lines.append(_line("benchmark", "kernels", "--dtype", dtype, "-o", one.path.name))
     lines += [_decode(one) for one in evidence.of("decoding")]
-    for one in evidence.of("quantizing"):
-        samples, length = one.data["tokens"]
-        report = one.data["report"]
-        sizes = _recipe_options([report["recipe"]], ("group_size", "salient", "salient_per_head"))
-        blocks = ["--blocks", one.data["blocks"]] if one.data["blocks"] != one.data["blocks_of_model"] else []
-        given = ["--recipe", report["recipe"]["name"], *sizes, "--samples", samples, "--seq-len", length, *(["--warm"] if one.data["warm"] else [])]
-        lines.append(_line("benchmark", "quantize", one.data["shape"], "--folder", "FOLDER", *blocks, *given, "-o", one.path.name))
+    lines += [_timed(one) for one in evidence.of("quantizing")]
     return lines
 
 
@@ -90,6 +84,15 @@ def _decode(one: Found) -> str:
     more = ["--tensor-parallel", settings["tensor_parallel"]] if settings["tensor_parallel"] > 1 else []
     given = ["--pairs", pairs, "--dtype", settings["dtype"], "--kv-cache-dtype", settings["kv_cache_dtype"], "--repeats", settings["repeats"]]
     return _line("benchmark", "decode", one.data["model"], *engines, *weights, *given, *more, "-o", one.path.name)
+
+
+def _timed(one: Found) -> str:
+    report, (samples, length) = one.data["report"], one.data["tokens"]
+    sizes = _recipe_options([report["recipe"]], ("group_size", "salient", "salient_per_head"))
+    blocks = ["--blocks", one.data["blocks"]] if one.data["blocks"] != one.data["blocks_of_model"] else []
+    given = ["--recipe", _named(report["recipe"]), *sizes, "--samples", samples, "--seq-len", length, *(["--warm"] if one.data["warm"] else [])]
+    line = _line("benchmark", "quantize", one.data["shape"], "--folder", "FOLDER", *blocks, *given, "-o", one.path.name)
+    return line if one.data["ranks"] == 1 else f"torchrun --nproc-per-node {one.data['ranks']} -m {line}"
 
 
 def _text(calibration: dict[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from rosaq.report.interactive import require_plotly, script, to_json
 from rosaq.report.plots import all_plots
 from rosaq.report.reading import Evidence
 from rosaq.report.summary import sentences, title_of
-from rosaq.report.tables import Grid, checkpoints, comparisons, decoded, evaluations, largest_channels, machines, zero_shot
+from rosaq.report.tables import Grid, checkpoints, comparisons, decoded, evaluations, largest_channels, machines, timed, zero_shot
 from rosaq.version import __version__
 
 MANY_COLUMNS = 10  # from so many on a table is printed across the page
@@ -82,7 +82,9 @@ def sections(evidence: Evidence) -> list[Section]:
         _tables("table5", "Every method", "The layout of the paper's Table 5; ROSAQ's rows are bold.", comparisons(evidence)),
         _drawn(plots, "magnitudes"),
         _tables("table8", "Largest channels", "Means over all attention and feed-forward inputs (Table 8 of the paper).", largest_channels(evidence)),
-        *(_drawn(plots, name) for name in ("spectra", "errors", "times", "kernels", "peers")),
+        *(_drawn(plots, name) for name in ("spectra", "errors")),
+        _drawn(plots, "times", [timed(evidence)]),
+        *(_drawn(plots, name) for name in ("kernels", "peers")),
         _drawn(plots, "decoding", [decoded(evidence)]),
         _tables("environment", "What it ran on", "", [machines(evidence)]),
         Section(
@@ -101,7 +103,7 @@ def _drawn(plots: dict[str, Plot], name: str, tables: list[Grid] | None = None) 
     if name not in plots:
         return None
     plot = plots[name]
-    return Section(name, plot.title, plot.caption, to_json(plot), tables or [])
+    return Section(name, plot.title, plot.caption, to_json(plot), [table for table in tables or [] if table.rows])
 
 
 def _tables(name: str, title: str, caption: str, tables: list[Grid]) -> Section | None:

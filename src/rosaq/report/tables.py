@@ -70,6 +70,19 @@ def _identity(report: dict[str, Any]) -> str:
     return f"{report['recipe']} {report['calibration']} {report['checkpoint_bytes']}"
 
 
+def timed(evidence: Evidence) -> Grid:
+    """Every case of `rosaq benchmark quantize`: its whole time, extrapolated to all blocks of the model, and its peaks."""
+    head = ["run", "model", "recipe", "blocks", "on", "seconds", "seconds, all blocks", "peak host GiB", "peak GPU GiB"]
+    rows = []
+    for one in evidence.of("quantizing"):
+        data, report = one.data, one.data["report"]
+        seconds = [f"{sum(times.values()):.1f}" for times in (report["seconds"], data["seconds_of_all_blocks"])]
+        peaks = [f"{report[key] / 2**30:.2f}" if report[key] else "" for key in ("peak_host_bytes", "peak_device_bytes")]
+        blocks = f"{data['blocks']} of {data['blocks_of_model']}"
+        rows.append([one.name, data["shape"], report["recipe"]["name"], blocks, f"{data['ranks']} x {data['hardware']}", *seconds, *peaks])
+    return _filled(head, rows)
+
+
 def evaluations(evidence: Evidence) -> Grid:
     """Perplexities of `rosaq evaluate`, and the divergence from the original where it was measured."""
     head = ["model", "text", "windows", "perplexity", "original's", "KL divergence, nats", "same likeliest token, %"]
