@@ -19,7 +19,7 @@ def benchmark() -> None:
 def kernels(
     peers: Annotated[bool, typer.Option(help="Also time cuBLAS and, where vLLM is installed, Marlin and Machete.")] = True,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON after the table.")] = False,
 ) -> None:
     """Time one linear layer on the GPU: microseconds, ratio to the best peer, share of the memory or arithmetic limit."""
@@ -60,7 +60,7 @@ def quantize(
     warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Host memory to stay under, such as 8GiB.", show_default="what is free")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Time quantization from shards on disk to a checkpoint on disk: random weights of a real shape, each stage's share.
@@ -120,7 +120,7 @@ def decode(
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that vLLM spreads a model over.")] = 1,
     repeats: Annotated[int, typer.Option(help="Runs of each pair.")] = 2,
     eager: Annotated[bool | None, typer.Option(help="vLLM without CUDA graphs and compiler.", show_default="on the CPU only")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Time decoding by the paper's protocol: milliseconds per step, and speed against FP16 and the best 4-bit peer."""
