@@ -32,8 +32,9 @@ def options():
     """Options of each rosaq command, from its help."""
     found = {}
     environment = {**os.environ, "COLUMNS": "200"}
-    names = ["quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "report"]
-    for command in [*names, "benchmark decode"]:
+    names = ("quantize", "distill", "evaluate", "compare", "inspect", "generate", "verify", "recipes", "serve", "export", "report")
+    names += ("benchmark decode", "benchmark quantize")
+    for command in names:
         line = [sys.executable, "-c", "from rosaq_cli.app import main; main()", *command.split(), "--help"]  # without torch, in a second
         help_text = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
         found[command] = set(re.findall(r"--?[a-z][a-z-]*", help_text.stdout))

@@ -15,7 +15,7 @@ from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan
 from rosaq.recipe import Recipe
 from rosaq.source import Source
-from rosaq.statistics import Statistics, calibration_record, check_length, check_windows, compute_dtype, read_windows
+from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
 from rosaq.workfolder import WorkFolder, tensors_hash
 
@@ -30,10 +30,12 @@ class Means:
         max_memory: host memory in bytes that the process may take, so that activations go to disk where they do not
             fit; None: what the machine has free.
         force: start over, whatever an earlier run with this output has done.
+        max_device_memory: memory of a GPU in bytes that PyTorch may take; None: what is free.
     """
 
     max_memory: int | None = None
     force: bool = False
+    max_device_memory: int | None = None
 
 
 @dataclass
@@ -105,7 +107,8 @@ class Run:
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
         work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
-        return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
+        place = place_activations(work, self.device, means.max_memory, means.max_device_memory)
+        return Flow(0, self.ranks, place, folder, self.clock)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""
@@ -113,7 +116,6 @@ class Run:
             magnitudes = {f"{i:05d}.{site}": kept.magnitude for i, block in enumerate(calibration.inputs) for site, kept in block.items()}
             return {**calibration.record, "statistics": tensors_hash(magnitudes)}, calibration.windows
         if isinstance(calibration, torch.Tensor):
-            check_length(calibration.shape[1], self.source)
             check_windows(calibration, self.source)
             return calibration_record({"text": "token ids"}, calibration), calibration
         if calibration.text == "self":
@@ -122,7 +124,6 @@ class Run:
         if self.ranks.first:
             with self.clock("text"):
                 windows = read_windows(self.source, calibration, self.device, self.progress)
-                check_windows(windows, self.source)
         windows = self.ranks.agree(windows)
         return calibration_record(calibration.to_dict(), windows), windows
 

@@ -229,7 +229,7 @@ def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so this is not a transformers model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is wrong
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
     architecture = Architecture.of(config, name)
@@ -250,8 +250,8 @@ def _open_gguf(path: Path) -> Source:
         if file.read(4) != b"GGUF" or path.stat().st_size < 1024:
             raise ValueError(f"{path}: not a GGUF file, or one cut short")
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install gguf") from error
     except (ValueError, KeyError, OSError, IndexError) as error:
@@ -274,7 +274,7 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
 

@@ -98,7 +98,8 @@ def _check_counts(options: dict[str, int | None]) -> None:
 
 
 def _read(name: str, data: Path | None) -> str:
-    from rosaq.evaluation.perplexity import read_text, read_wikitext2
+    from rosaq.evaluation.perplexity import read_wikitext2
+    from rosaq.text_files import read_text
 
     return read_wikitext2(data) if name == WIKITEXT2 else read_text(Path(name))
 

@@ -27,7 +27,7 @@ def inspect(
     """Look at activations before and after rotation, and at what a checkpoint loses in each layer.
 
     Writes the paper's Table 8 and Figure 2 for this model, the eigenvalues of every site, the share of energy in the
-    leading channels, and with --checkpoint the relative errors of weights and outputs. The model is loaded whole.
+    leading channels, and with --checkpoint the relative errors of weights and outputs.
     """
     from rosaq import Calibration
     from rosaq.inspection.page import TABLE_HEAD, table8, write

@@ -24,6 +24,9 @@ def quantize(
     max_memory: Annotated[
         str | None, typer.Option(help="Host memory to stay under, such as 8GiB: activations go to disk where needed.", show_default="what is free")
     ] = None,
+    max_device_memory: Annotated[
+        str | None, typer.Option(help="Memory of a GPU to stay under; activations go to the host where needed.", show_default="what is free")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start over instead of going on where an earlier run with this output ended.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no table.")] = False,
@@ -39,7 +42,8 @@ def quantize(
     from rosaq.memory import parse_size
 
     chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, salient=salient, salient_per_head=salient_per_head)
-    means = Means(None if max_memory is None else parse_size(max_memory), force)
+    host, gpu = (None if size is None else parse_size(size) for size in (max_memory, max_device_memory))
+    means = Means(host, force, gpu)
     text = Calibration(calibration, samples, seq_len, seed)
     with joined(device) as own_device:
         first = current_ranks().first
