@@ -62,7 +62,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 | --- | --- |
 {rows}
 
-Calibrated on {calibration["samples"]} windows of {calibration["seq_len"]} tokens of `{calibration["text"]}`
+Calibrated on {calibration["samples"]} windows of {calibration["seq_len"]} tokens of `{Path(calibration["text"]).name}`
 on {report.device} (seed {calibration.get("seed")}; SHA-256 of the token ids {calibration["windows_sha256"]}).
 """
     return str(ModelCard(f"---\n{metadata(source, recipe).to_yaml()}\n---\n\n{body}"))

@@ -38,7 +38,7 @@ def channel_picture(moment_DD: torch.Tensor, basis_DD: torch.Tensor, salient: in
     if salient:
         axes.axvspan(-0.5, salient - 0.5, color="#3b6ea5", alpha=0.12, linewidth=0)
     axes.set(xlabel="channel", ylabel="root mean square", yscale="log")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=2)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
     return picture.getvalue()
