@@ -10,7 +10,7 @@ from rosaq.calibration import Calibration
 from rosaq.clock import Clock, Progress
 from rosaq.distributed import Ranks
 from rosaq.learned import BATCH
-from rosaq.memory import estimate, place_activations
+from rosaq.memory import Work, estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan
 from rosaq.recipe import Recipe
@@ -100,14 +100,17 @@ class Run:
     clock: Clock
     progress: Progress
 
-    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
-        """How passes over these windows are run, by the memory there is."""
+    def work(self, windows: torch.Tensor) -> Work:
+        """Memory that a run over these windows takes; nothing but their shape is looked at."""
         dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
         mine = own_windows(windows, batch, self.ranks)
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
-        work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
-        place = place_activations(work, self.device, means.max_memory, means.max_device_memory)
+        return estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
+
+    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
+        """How passes over these windows are run, by the memory there is."""
+        place = place_activations(self.work(windows), self.device, means.max_memory, means.max_device_memory)
         return Flow(0, self.ranks, place, folder, self.clock)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:

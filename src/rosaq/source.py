@@ -207,19 +207,35 @@ def open_source(model: str) -> Source:
         return _open_folder(path, model)
     if path.exists():
         raise ValueError(f"{path}: a model is a folder, a .gguf file or a hub id")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_hub_id(model):
         raise ValueError(f"{model}: no such folder or file, and not a hub id of the form owner/name")
-    return _open_folder(_download(model), model, model)
+    return _open_folder(_download(model, HUB_FILES), model, model)
 
 
-def _download(repository: str) -> Path:
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named as on the hub, and is nothing that lies here."""
+    path = Path(model).expanduser()
+    return path.suffix != ".gguf" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+
+
+def read_hub_config(model: str) -> tuple[Any, torch.dtype]:
+    """The transformers config of a model on the hub, of which nothing else is downloaded; and the type that its weights are said to have.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    config = _read_config(_download(model, ["config.json"]), model)
+    return config, getattr(config, "dtype", None) or torch.float16
+
+
+def _download(repository: str, files: list[str]) -> Path:
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=HUB_SECOND_COPIES))
+        return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=HUB_SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{repository}: not a local path, and the hub did not give it: {str(error).splitlines()[0]}") from error
 
 
-def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
+def _read_config(folder: Path, name: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so this is not a model folder")
     raw = read_json(folder / "config.json")
@@ -229,9 +245,13 @@ def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so this is not a transformers model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is wrong
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+
+
+def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
+    config = _read_config(folder, name)
     architecture = Architecture.of(config, name)
     tensors = SafetensorsFolder(folder)
     place = tensors.places.get(f"{EMBEDDING}.weight")

@@ -207,7 +207,7 @@ def read_windows(source: Source, calibration: Calibration, device: str, progress
     Raises:
         ValueError: no text, too little of it, windows longer than the model's context, or tokens that it does not have.
     """
-    _check_length(calibration.seq_len, source)
+    check_length(calibration.seq_len, source)
     if calibration.text == "self":
         return sample_windows(full_model(source, torch.bfloat16, device), calibration, progress)
     if source.tokenizer is None:
@@ -223,11 +223,12 @@ def check_windows(windows: torch.Tensor, source: Source) -> None:
     Raises:
         ValueError: says which of the two.
     """
-    _check_length(windows.shape[1], source)
+    check_length(windows.shape[1], source)
     if int(windows.max()) >= source.architecture.vocabulary or int(windows.min()) < 0:
         raise ValueError(f"calibration token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}")
 
 
-def _check_length(seq_len: int, source: Source) -> None:
+def check_length(seq_len: int, source: Source) -> None:
+    """Refuse windows longer than the model's context."""
     if seq_len > source.architecture.context:
         raise ValueError(f"seq-len is {seq_len} tokens, but {source.name} has a context of {source.architecture.context}")

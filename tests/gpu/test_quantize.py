@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from rosaq import Calibration, Means, load_recipe, measure, open_source, quantize
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
-from rosaq.rounding.gptq import _recorded, _round_columns
 from rosaq.rounding.linear import Rounding, quantize_linear
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +61,7 @@ def test_rotations_are_learned_on_the_gpu_the_same_every_time(name, saved, tmp_p
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_rounds_on_the_gpu_as_on_the_cpu(act_order):
-    """Groups of two lengths, twice, since a launch is recorded once for each: all but a few codes at the border of a step are equal."""
+    """Groups of two lengths: all but a few codes at the border of a step are equal."""
     generator = torch.Generator().manual_seed(0)
     layout = LinearLayout(24, 320, 4, 64, blocks=2, salient=16)  # groups of 64, 64, 16 in each block
     for seed in (0, 1):
@@ -74,17 +73,6 @@ def test_gptq_rounds_on_the_gpu_as_on_the_cpu(act_order):
         assert float((cpu != gpu).float().mean()) < 0.05, seed
         losses = [float(((weights - weight) @ moment * (weights - weight)).sum()) for weights in (cpu, gpu)]
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
-
-
-def test_a_recorded_launch_is_the_plain_one():
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    for _ in range(2):
-        weight, factor = (torch.randn(64, n, generator=generator, device="cuda") for n in (200, 64))
-        factor.diagonal().abs_().add_(1)
-        scale, zero = 0.1 + torch.rand(64, 200, generator=generator, device="cuda"), torch.full((64, 200), 7.0, device="cuda")
-        recorded = _recorded(64, 200, 15, torch.float32, weight.device)(weight, factor, scale, zero)
-        plain = _round_columns(weight.clone(), factor, scale, zero, 15)
-        assert all(torch.equal(a, b) for a, b in zip(recorded, plain, strict=True))
 
 
 def test_a_bound_on_the_gpus_memory_holds(saved, text_file, tmp_path):

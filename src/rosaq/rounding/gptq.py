@@ -6,12 +6,12 @@ J channels in the order of rounding (quantized ones first, then salient ones), Q
 channels that are rounded before their errors go to all that follow.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 from rosaq.layout import LinearLayout
+from rosaq.rounding.columns import round_columns
 from rosaq.rounding.grid import grouped
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it
@@ -55,65 +55,10 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
         else:
             grids.append(fit(weight_JN[start:stop].T[:, None], group))
             scale_CN, zero_CN = (grid.T.expand(length, -1) for grid in grids[-1])
-        codes.append(_round_group(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
+        codes.append(round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
         start = stop
     scale_NG, zero_NG = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     return torch.cat(codes).T[:, rank_Q.argsort()], scale_NG, zero_NG, weight_JN[start:].T
-
-
-def _round_group(
-    weight_JN: torch.Tensor, factor_JJ: torch.Tensor, start: int, scale_CN: torch.Tensor, zero_CN: torch.Tensor, top: int
-) -> torch.Tensor:
-    """Round C columns from `start` on and hand their errors to all that follow, in place; the codes (C, N)."""
-    stop = start + len(scale_CN)
-    inputs = weight_JN[start:stop], factor_JJ[start:stop, start:stop], scale_CN, zero_CN
-    if weight_JN.is_cuda:
-        codes_CN, errors_CN = _recorded(*scale_CN.shape, top, weight_JN.dtype, weight_JN.device)(*inputs)
-    else:
-        codes_CN, errors_CN = _round_columns(*inputs, top)
-    weight_JN[stop:] -= factor_JJ[start:stop, stop:].T @ errors_CN
-    return codes_CN
-
-
-def _round_columns(
-    weight_CN: torch.Tensor, factor_CC: torch.Tensor, scale_CN: torch.Tensor, zero_CN: torch.Tensor, top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round C columns, each with the errors of those before it taken in, which changes the weight; codes and errors (C, N)."""
-    codes_CN, errors_CN = torch.empty_like(weight_CN), torch.empty_like(weight_CN)
-    columns = zip(weight_CN, factor_CC.diagonal(), scale_CN, zero_CN, codes_CN, errors_CN, strict=True)
-    for column, (exact_N, divisor, scale_N, zero_N, code_N, error_N) in enumerate(columns):
-        torch.div(exact_N, scale_N, out=code_N).add_(zero_N).round_().clamp_(0, top)
-        torch.sub(exact_N, torch.sub(code_N, zero_N).mul_(scale_N), out=error_N).div_(divisor)
-        weight_CN[column + 1 :].addr_(factor_CC[column, column + 1 :], error_N, alpha=-1)
-    return codes_CN, errors_CN
-
-
-class _Recorded:
-    """`_round_columns` for groups of one form as a CUDA graph.
-
-    Its thousand small kernels, one after the other, take a seventh of the time that way: what is left out is launching
-    each from Python. What they compute is the same to the last bit.
-    """
-
-    def __init__(self, columns: int, outputs: int, top: int, dtype: torch.dtype, device: torch.device) -> None:
-        weight, scale, zero = (torch.ones(columns, outputs, dtype=dtype, device=device) for _ in range(3))
-        factor = torch.ones(columns, columns, dtype=dtype, device=device)
-        self._inputs = weight, factor, scale, zero
-        _round_columns(weight[:2], factor[:2, :2], scale[:2], zero[:2], top)  # kernels cannot be loaded while a graph is made
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # the next block is read by other threads
-            self._outputs = _round_columns(*self._inputs, top)
-
-    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes, and the errors, which the next call changes."""
-        for place, tensor in zip(self._inputs, inputs, strict=True):
-            place.copy_(tensor)
-        self._graph.replay()
-        codes_CN, errors_CN = self._outputs
-        return codes_CN.clone(), errors_CN
-
-
-_recorded = functools.lru_cache(maxsize=8)(_Recorded)
 
 
 def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
