@@ -136,7 +136,7 @@ def _heat_map(go: Any, view: HeatMap) -> Any:
 
 def _axis(axis: Axis, decades: float) -> dict[str, Any]:
     kind = "category" if axis.names else "log" if axis.log else "linear"
-    found: dict[str, Any] = {"title": {"text": axis.title}, "type": kind, "automargin": True}
+    found: dict[str, Any] = {"title": {"text": axis.title, "standoff": 10}, "type": kind, "automargin": True}
     if axis.log:
         found |= {"exponentformat": "power", **({"dtick": 1} if decades > DECADES else {})}
     return {**found, **({"nticks": TICKS} if axis.names else {})}

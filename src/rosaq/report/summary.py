@@ -88,22 +88,23 @@ def _against(ours: float, original: float) -> str:
 
 
 def _best(table: Table) -> str:
-    """The lowest perplexity of each number of bits, ROSAQ's and another's."""
+    """The lowest perplexity at each number of bits."""
     measured = [row for row in table.rows if not row.published and PERPLEXITY_COLUMN in row.figures]
     original = next((row for row in measured if row.bits == 16), None)
     parts = []
     for bits in sorted({row.bits for row in measured if row.bits != 16}, reverse=True):
         first = min((row for row in measured if row.bits == bits), key=_perplexity)
         against = f" ({100 * (_perplexity(first) / _perplexity(original) - 1):+.1f} %)" if original else ""
-        parts.append(f"at INT{bits} {first.method}'s, {_perplexity(first):.2f}{against} with {first.figures[BITS_COLUMN].value:.2f} bits per weight")
+        bits_per_weight = first.figures[BITS_COLUMN].value
+        parts.append(f"at INT{bits} {first.method}'s, {_perplexity(first):.2f}{against} with {bits_per_weight:.2f} bits per weight")
     if not parts:
         return ""
     start = (
-        f"The original's perplexity on WikiText-2 is {_perplexity(original):.2f}; the lowest is"
+        f"The original's perplexity on WikiText-2 is {_perplexity(original):.2f}. The lowest is"
         if original
         else "The lowest WikiText-2 perplexity is"
     )
-    return f"{start} {', and '.join(parts)}."
+    return f"{start} {'; '.join(parts)}."
 
 
 def _perplexity(row: Row) -> float:
