@@ -15,7 +15,7 @@ from rosaq.report.drawing import MUTED, OURS, Axis, HeatMap, Plot, Series, View
 from rosaq.report.reading import Evidence, Found, is_rosaq
 
 DEPTHS = 6  # lines of a plot that cannot show every block
-KERNELS = {"rosaq": OURS, "cublas": 1, "marlin": 2, "machete": 3}
+KERNELS = {"rosaq": OURS, "cublas": 1, "marlin": 2, "machete": 3, "triton": 4}
 SITE_NAMES = {"attn_in": "attention input", "mlp_in": "feed-forward input", "attn_out": "attention output"}
 
 
