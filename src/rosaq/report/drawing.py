@@ -45,8 +45,7 @@ class HeatMap:
         y: names of the rows, from the top.
         values: by row; None where there is no number.
         unit: what the numbers are.
-        middle: the number that is neither good nor bad, where there is one: above it is good.
-        written: digits behind the point in each cell; None where there is no room.
+        middle: the ratio that is neither good nor bad, where the numbers are ratios: above it is good, and they are written into the cells.
     """
 
     x: Sequence[str]
@@ -54,7 +53,6 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     unit: str
     middle: float | None = None
-    written: int | None = None
 
 
 @dataclass(frozen=True)

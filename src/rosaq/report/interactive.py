@@ -42,7 +42,9 @@ SYMBOLS = (
 )
 DECADES = 1.5  # from so many on a logarithmic axis has labels at powers of ten only
 TICKS = 16  # labels of an axis of names, at most
-AROUND_ONE = ((0.0, "#d64545"), (0.5, "#b9bec7"), (1.0, "#2f9e6e"))
+AROUND_ONE = ((0.0, "#e88080"), (0.5, "#eef0f2"), (1.0, "#6cc39b"))
+INK = "#1d2129"  # of numbers on these
+RATIO_DIGITS = 2
 
 
 def require_plotly() -> Any:
@@ -123,15 +125,21 @@ def _trace(go: Any, series: Series, plot: Plot) -> Any:
 
 def _heat_map(go: Any, view: HeatMap) -> Any:
     values = [[None if value is None else float(f"{value:.5g}") for value in row] for row in view.values]
-    more: dict[str, Any] = {"colorscale": "Viridis"}
-    if view.middle is not None:
-        reach = max((abs(value - view.middle) for row in values for value in row if value is not None), default=1.0) or 1.0
-        more = {"colorscale": AROUND_ONE, "zmin": view.middle - reach, "zmax": view.middle + reach}
-    if view.written is not None:
-        more |= {"texttemplate": f"%{{z:.{view.written}f}}"}
-    hover = "%{y}, %{x}: %{z}<extra></extra>"
-    bar = {"thickness": 12, "outlinewidth": 0, "title": {"text": ""}}
-    return go.Heatmap(x=list(view.x), y=list(view.y), z=values, hovertemplate=hover, xgap=1, ygap=1, colorbar=bar, **more)
+    shown = {"x": list(view.x), "y": list(view.y), "xgap": 1, "ygap": 1}
+    if view.middle is None:
+        bar = {"thickness": 12, "outlinewidth": 0}
+        return go.Heatmap(**shown, z=values, hovertemplate="%{y}, %{x}: %{z}<extra></extra>", colorbar=bar, colorscale="Viridis")
+    text = [["" if value is None else f"{value:.{RATIO_DIGITS}f}" for value in row] for row in values]
+    powers, reach = around(view)
+    written = {"text": text, "texttemplate": "%{text}", "textfont": {"color": INK}, "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>"}
+    return go.Heatmap(**shown, z=powers, **written, colorscale=AROUND_ONE, zmin=-reach, zmax=reach, showscale=False)
+
+
+def around(view: HeatMap) -> tuple[list[list[float | None]], float]:
+    """Powers of two between a heat map's numbers and its middle, so that twice and half are equally far; and the farthest."""
+    assert view.middle is not None
+    powers = [[None if value is None else math.log2(value / view.middle) for value in row] for row in view.values]
+    return powers, max((abs(power) for row in powers for power in row if power is not None), default=1.0) or 1.0
 
 
 def _axis(axis: Axis, decades: float) -> dict[str, Any]:

@@ -191,7 +191,17 @@ def kernel_limits(one: Found) -> Plot:
             mine = [(str(row["tokens"]), row["microseconds"][kernel], row["limit_us"]) for row in rows if kernel in row["microseconds"]]
             notes = [f"{kernel}, {tokens} tokens: {time:.1f} us; the limit is {limit:.1f} us" for tokens, time, limit in mine]
             colour = KERNELS.get(kernel, len(KERNELS))
-            lines.append(Series(kernel, [tokens for tokens, *_ in mine], [limit / time for _, time, limit in mine], "points", colour, notes))
+            lines.append(
+                Series(
+                    kernel,
+                    [tokens for tokens, *_ in mine],
+                    [limit / time for _, time, limit in mine],
+                    "points",
+                    colour,
+                    notes,
+                    bold=kernel == "rosaq",
+                )
+            )
         lines.append(Series("limit", [str(row["tokens"]) for row in rows], [1.0] * len(rows), "rule", MUTED))
         views[(layer,)] = tuple(lines)
     caption = (
@@ -210,7 +220,7 @@ def kernel_ratios(one: Found) -> Plot:
         [next((1 / row["to_best_peer"] for row in rows if row["tokens"] == count and row["to_best_peer"]), None) for count in tokens]
         for rows in by_layer.values()
     ]
-    drawn = HeatMap([str(count) for count in tokens], list(by_layer), values, "speed to the best peer", 1.0, 2)
+    drawn = HeatMap([str(count) for count in tokens], list(by_layer), values, "speed to the best peer", 1.0)
     caption = (
         "Time of the fastest of cuBLAS in FP16, Marlin and Machete, as far as they were timed, over that of rosaq's kernel: above 1 rosaq is faster."
     )

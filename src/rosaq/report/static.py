@@ -1,11 +1,12 @@
 """The same plots for a paper, by matplotlib: PNG and SVG without dates in them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rosaq.inspection.plots import require_matplotlib
 from rosaq.report.drawing import MUTED, HeatMap, Plot, Series
-from rosaq.report.interactive import AROUND_ONE, DECADES, colour, decades
+from rosaq.report.interactive import AROUND_ONE, DECADES, INK, RATIO_DIGITS, around, colour, decades
 
 COLUMNS = 3  # panels side by side
 MARKERS = "osD^P X v*phdH8".replace(" ", "")
@@ -95,22 +96,23 @@ def _series(axis: Any, series: Series, place: int, bars: list[Series]) -> None:
 
 
 def _heat_map(figure: Any, axis: Any, view: HeatMap) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm  # noqa: PLC0415
+    from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415  (an optional dependency)
 
-    values = [[float("nan") if value is None else value for value in row] for row in view.values]
-    known = [value for row in view.values for value in row if value is not None]
-    norm = None
-    if view.middle is not None:
-        reach = max(abs(value - view.middle) for value in known) or 1.0
-        norm = TwoSlopeNorm(view.middle, view.middle - reach, view.middle + reach)
-    scale = "viridis" if view.middle is None else LinearSegmentedColormap.from_list("rosaq", AROUND_ONE)
-    picture = axis.imshow(values, aspect="auto", cmap=scale, norm=norm, interpolation="nearest")
     every = max(1, len(view.x) // 10)
     axis.set_xticks(range(0, len(view.x), every), view.x[::every])
     axis.set_yticks(range(len(view.y)), view.y)
-    if view.written is not None:
-        for row, numbers in enumerate(view.values):
-            for column, value in enumerate(numbers):
-                if value is not None:
-                    axis.text(column, row, f"{value:.{view.written}f}", ha="center", va="center", fontsize="x-small")
-    figure.colorbar(picture, ax=axis, label=view.unit)
+    if view.middle is None:
+        picture = axis.imshow(_numbers(view.values), aspect="auto", cmap="viridis", interpolation="nearest")
+        figure.colorbar(picture, ax=axis, label=view.unit)
+        return
+    powers, reach = around(view)
+    scale = LinearSegmentedColormap.from_list("rosaq", AROUND_ONE)
+    axis.imshow(_numbers(powers), aspect="auto", cmap=scale, vmin=-reach, vmax=reach, interpolation="nearest")
+    for row, numbers in enumerate(view.values):
+        for column, value in enumerate(numbers):
+            if value is not None:
+                axis.text(column, row, f"{value:.{RATIO_DIGITS}f}", ha="center", va="center", fontsize="x-small", color=INK)
+
+
+def _numbers(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    return [[float("nan") if value is None else value for value in row] for row in rows]

@@ -1,5 +1,6 @@
 """The tables of the report, as text in cells."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from rosaq.inspection.page import TABLE_HEAD, table8
 from rosaq.report.environment import environment
 from rosaq.report.reading import Evidence, Found, is_rosaq
 from rosaq.report.summary import MEGABYTE, comparison_tables, quantized
+
+NUMBER = re.compile(r"[+-]?[\d.]+( (±|of) [\d.]+)?")  # as cells have it
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Grid:
     def classes(self) -> list[str]:
         """CSS class of each column: words stand on the left, numbers on the right."""
         columns = ([row.cells[column] for row in self.rows if row.cells[column]] for column in range(len(self.head)))
-        return ["" if place and all(cell[0].isdigit() or cell[0] in "+-" for cell in cells) else "words" for place, cells in enumerate(columns)]
+        return ["" if place and all(NUMBER.fullmatch(cell) for cell in cells) else "words" for place, cells in enumerate(columns)]
 
 
 def _filled(head: list[str], rows: list[list[str]]) -> Grid:

@@ -32,7 +32,6 @@ function show(one) {
   const traces = one.plot.views[key].map((trace) => structuredClone(trace));
   const layout = themed(structuredClone(one.plot.layout), one.canvas);
   layout.height = height(traces, one.canvas, one.printed);
-  if (traces[0].type === "heatmap" && one.canvas.clientWidth < 600) { traces[0].showscale = !traces[0].texttemplate; }
   if (one.printed) { layout.width = PRINTED_WIDTH; } else { layout.autosize = true; }
   const options = {
     responsive: true, displaylogo: false, displayModeBar: one.canvas.clientWidth < 600 ? false : "hover",
