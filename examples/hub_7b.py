@@ -1,6 +1,6 @@
 """Quantize a model of the hub, check it and measure what it lost; stopped, the same command goes on where it was.
 
-Usage: python examples/hub_7b.py [MODEL] [--out DIR] [--recipe rosaq-gptq-int4] [--bits 4] [--calibration pile] [--samples 128] [--max-memory 16GiB]
+Usage: python examples/hub_7b.py [MODEL] [--out DIR] [--recipe rosaq-int4] [--bits 4] [--calibration pile] [--samples 128] [--max-memory 16GiB]
 
 MODEL is a hub id (some ask for `hf auth login` first), a folder or a .gguf file. It prints the plan, asks nothing, and writes the checkpoint
 and figures.json beside it: sizes, times, the error of every block, and perplexity and KL divergence on WikiText-2. Needs the extra "eval" for
@@ -27,7 +27,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="meta-llama/Llama-2-7b-hf")
     parser.add_argument("--out", type=Path, help="folder to make; default: the model's name and the recipe's")
-    parser.add_argument("--recipe", default="rosaq-gptq-int4")
+    parser.add_argument("--recipe", default="rosaq-int4")
     parser.add_argument("--bits", type=int, help="3 or 4 (default: the recipe's)")
     parser.add_argument("--group-size", type=int, help="channels that share a scale (default: the recipe's)")
     parser.add_argument("--salient", type=int, help="channels that stay precise (default: the recipe's)")

@@ -26,7 +26,7 @@ from rosaq_cli.screen import stage_bars
 
 parser = argparse.ArgumentParser(description="Quantize SmolLM2-135M-Instruct, check it, and plot what was done to it.")
 parser.add_argument("--model", help="a .gguf file, folder or hub id instead; 576 channels and heads of 64 suit the sizes below")
-parser.add_argument("--recipe", default="rosaq-gptq-int4")
+parser.add_argument("--recipe", default="rosaq-int4")
 parser.add_argument("--samples", type=int, default=32, help="calibration windows")
 parser.add_argument("--seq-len", type=int, default=256, help="tokens per window")
 parser.add_argument("--out", type=Path, default=Path("smollm2"), help="folder for checkpoint and plots; must not hold any yet")

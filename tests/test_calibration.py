@@ -102,7 +102,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
     windows = torch.arange(160).remainder(90).view(5, 32)
     statistics = measure(source, windows, "cpu")
     moments = list(collect_moments(source, windows, "cpu", torch.float32))
-    for name in ("rosaq-gptq-int4", "mixed", "rosaq-paper-per-layer"):
+    for name in ("rosaq-int4", "mixed", "rosaq-paper-per-layer"):
         recipe = load_recipe(name)
         recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
         plan = make_plan(recipe, source.architecture)
@@ -112,7 +112,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
             model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())
         seen, prepared = {}, []
         for index, layer in enumerate(model.model.layers):
-            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears))
+            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.blocks[0]))
             layer.load_state_dict(prepared[-1].block)
             for norm, rotation in prepared[-1].rotations.items():
                 layer.get_submodule(norm).register_forward_hook(lambda _, x, y, rotation=rotation: y @ rotation.float())

@@ -14,7 +14,7 @@ from rosaq.engines.export import export
 from rosaq.provenance import Provenance, of_folder, of_gguf
 from rosaq.rotation import principal_basis
 
-SIZES = {"group_size": 16, "salient": 16, "salient_per_head": 4}
+SIZES = {"group_size": 16, "salient": 16, "salient_per_head": 4, "salient_down": 16}
 HEAD = """---
 license: other
 license_name: some-license

@@ -135,7 +135,7 @@ def decode_checkpoint():
     return scope["decode_checkpoint"]
 
 
-CASES = ("rosaq-int4", "rosaq-gptq-int3", "rosaq-paper", "mixed", "rtn", "rosaq-heads-concatenated", "quarot-r4", "odd")
+CASES = ("rosaq-nearest", "rosaq-int3", "rosaq-paper", "mixed", "rtn", "rosaq-heads-concatenated", "quarot-r4", "odd")
 ODD = Recipe("odd", bits=3, group_size=48, salient=20, salient_per_head=5, salient_bits=8, embedding_bits="8")
 
 

@@ -16,10 +16,10 @@ from rosaq.skeleton import meta_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 RECIPES = {
-    "int8 salient": ("rosaq-int4", dict(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")),
+    "int8 salient": ("rosaq-nearest", dict(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")),
     "gather": ("mixed", dict(group_size=16, salient=16, salient_per_head=4)),
     "per layer": ("rosaq-paper-per-layer", dict(group_size=16, salient=16, salient_per_head=4)),
-    "int3": ("rosaq-int3", dict(group_size=32, salient=16, salient_per_head=3)),
+    "int3": ("rosaq-nearest", dict(bits=3, group_size=32, salient=16, salient_per_head=3)),
 }
 
 

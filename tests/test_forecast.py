@@ -17,7 +17,7 @@ from rosaq.rates import Rates, measure_rates
 from test_cli import cli, refused  # noqa: F401  (a fixture)
 
 RATES = Rates(product=1e11, exact=1e11, fitted=1e9, packed=3e7, launches=5e5)
-SMALL = {"group_size": 16, "salient": 16, "salient_per_head": 4}
+SMALL = {"group_size": 16, "salient": 16, "salient_per_head": 4, "salient_down": 16}
 
 
 def small(name):
@@ -74,9 +74,7 @@ def total(name="rosaq-int4", shape="llama-2-7b", samples=128, seq_len=2048, kind
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize(
-    "name", ["rtn", "rosaq-int4", "rosaq-gptq-int4", "awq", "spinquant-gptq", "rosaq-paper-per-layer", "rosaq-heads-concatenated"]
-)
+@pytest.mark.parametrize("name", ["rtn", "rosaq-nearest", "rosaq-int4", "awq", "spinquant-gptq", "rosaq-paper-per-layer", "rosaq-heads-concatenated"])
 def test_more_work_takes_longer(name, kind):
     times = [total(name, samples=samples, kind=kind) for samples in (8, 32, 128, 512)]
     assert times == sorted(times) and len(set(times)) == 4
@@ -87,17 +85,17 @@ def test_more_work_takes_longer(name, kind):
 
 
 def test_dearer_methods_take_longer():
-    assert total("rtn") < total("rosaq-int4") < total("rosaq-gptq-int4") < total("spinquant-gptq")
-    assert total("rosaq-int4") < total("rosaq-paper-per-layer") and total("rtn") < total("awq")
+    assert total("rtn") < total("rosaq-nearest") < total("rosaq-int4") < total("spinquant-gptq")
+    assert total("rosaq-nearest") < total("rosaq-paper-per-layer") and total("rtn") < total("awq")
     assert total(text="self") > total()
 
 
 def test_memory_of_a_device_grows_with_the_model():
-    recipe = load_recipe("rosaq-int4")
+    recipe = load_recipe("rosaq-nearest")
     sizes = [device_bytes(Architecture.of(named_config(shape)), recipe, 0) for shape in ("smollm2-135m", "llama-2-7b", "llama-2-70b")]
     assert sizes == sorted(sizes) and sizes[-1] < 64 * 2**30  # a block at a time, however many there are
     a = Architecture.of(named_config("llama-2-7b"))
-    assert device_bytes(a, load_recipe("rosaq-gptq-int4"), 0) > device_bytes(a, recipe, 0)
+    assert device_bytes(a, load_recipe("rosaq-int4"), 0) > device_bytes(a, recipe, 0)
     assert device_bytes(a, load_recipe("spinquant"), 0) > 2 * 6.6e9  # SpinQuant holds the whole model
     assert kept_bytes(a, load_recipe("rosaq-paper-per-layer"), 2) > kept_bytes(a, recipe, 2)
 
@@ -124,7 +122,10 @@ def test_refusals_come_before_measuring(saved):
 
 
 def test_plan_on_the_command_line(cli, saved, tmp_path, monkeypatch):  # noqa: F811
-    model, sizes = saved("llama"), ["--samples", 2, "--seq-len", 32, "--salient", 16, "--salient-per-head", 4, "--group-size", 16, "--device", "cpu"]
+    model, sizes = (
+        saved("llama"),
+        ["--samples", 2, "--seq-len", 32, "--salient", 16, "--salient-per-head", 4, "--salient-down", 16, "--group-size", 16, "--device", "cpu"],
+    )
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("rosaq.forecast.measure_rates", lambda *_: RATES)
     code, out, err = cli("quantize", model, "--plan", *sizes)

@@ -74,7 +74,7 @@ def test_scripts_find_json_and_quiet_everywhere():
 
 
 def test_generate_and_export_as_json(cli, saved, text_file, tmp_path):  # noqa: F811
-    sizes = ["--samples", 2, "--seq-len", 32, "--salient", 16, "--salient-per-head", 4, "--group-size", 16, "--device", "cpu"]
+    sizes = ["--samples", 2, "--seq-len", 32, "--salient", 16, "--salient-per-head", 4, "--salient-down", 16, "--group-size", 16, "--device", "cpu"]
     assert cli("quantize", saved("llama"), "-o", tmp_path / "q", "--calibration", text_file, "--quiet", *sizes) == (0, "", "")
     code, out, err = cli("generate", tmp_path / "q", "hello", "--max-tokens", 5, "--json", "--device", "cpu")
     found = json.loads(out)
@@ -93,7 +93,7 @@ def completed(shell_words):
 def test_the_shell_completes_commands_options_and_recipes():
     assert completed("rosaq q") == ["quantize"]
     assert "--max-memory" in completed("rosaq quantize --ma")
-    assert completed("rosaq quantize --recipe rosaq-gptq") == ["rosaq-gptq-int3", "rosaq-gptq-int4"]
+    assert completed("rosaq quantize --recipe rosaq-int") == ["rosaq-int3", "rosaq-int4"]
 
 
 def on_a_terminal(command, **environment):

@@ -17,14 +17,14 @@ LEVELS = {
     "rosaq.rates": 3,
     "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4,
     "rosaq.basis": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
-    "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.serving": 6,
+    "rosaq.statistics": 6, "rosaq.sensitivity": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.serving": 6,
     "rosaq.engines.vllm_layers": 7, "rosaq.engines.export": 7,
     "rosaq.job": 7, "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
-    "rosaq.pipeline": 8, "rosaq.forecast": 8, "rosaq.inspection": 8, "rosaq.distillation": 8,
-    "rosaq.benchmark.quantizing": 9, "rosaq.curve": 9, "rosaq.comparison": 9,
-    "rosaq": 10, "rosaq.report": 10,
-    "rosaq_cli": 11,
-    "rosaq.__main__": 12,
+    "rosaq.allocation": 8, "rosaq.pipeline": 9, "rosaq.forecast": 8, "rosaq.inspection": 8, "rosaq.distillation": 8,
+    "rosaq.benchmark.quantizing": 10, "rosaq.curve": 9, "rosaq.comparison": 10,
+    "rosaq": 11, "rosaq.report": 11,
+    "rosaq_cli": 12,
+    "rosaq.__main__": 13,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
 SERVING = (
@@ -48,6 +48,8 @@ CALIBRATING = (
     "rosaq.rotation",
     "rosaq.rounding",
     "rosaq.learned",
+    "rosaq.sensitivity",
+    "rosaq.allocation",
     "rosaq.job",
     "rosaq.pipeline",
 )

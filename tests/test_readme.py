@@ -37,55 +37,7 @@ def test_links_lead_somewhere():
 def test_the_tree_in_the_architecture_page_is_the_tree():
     tree = next(block for block in blocks("docs/architecture.md", "") if "src/rosaq/" in block)
     named = set(re.findall(r"([a-z_]+(?:\.py|/))", tree.split("src/rosaq_cli/")[0])) - {"src/", "rosaq/", "recipes/"}
-    nested = {
-        "reference.py",
-        "grid.py",
-        "gptq.py",
-        "columns.py",
-        "scaling.py",
-        "clipping.py",
-        "transformers.py",
-        "loading.py",
-        "dense.py",
-        "vllm.py",
-        "vllm_layers.py",
-        "shards.py",
-        "perplexity.py",
-        "quantizing.py",
-        "zeroshot.py",
-        "tasks.py",
-        "likelihood.py",
-        "kernels.py",
-        "experiment.py",
-        "measures.py",
-        "worker.py",
-        "table.py",
-        "published.py",
-        "observation.py",
-        "channels.py",
-        "errors.py",
-        "report.py",
-        "plots.py",
-        "page.py",
-        "serving.py",
-        "export.py",
-        "dummy.py",
-        "decoding.py",
-        "decoding_run.py",
-        "model_shapes.py",
-        "trainable.py",
-        "training.py",
-        "reading.py",
-        "interactive.py",
-        "static.py",
-        "summary.py",
-        "environment.py",
-        "commands.py",
-        "tables.py",
-        "drawing.py",
-    }
     source = ROOT / "src" / "rosaq"
     unnamed = ("recipes", "py.typed", "__init__.py", "__main__.py", "__pycache__")
     there = {path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if path.name not in unnamed}
-    assert named - nested == there
-    assert all(list(source.rglob(name)) for name in nested)
+    assert there <= named <= there | {path.name for path in source.glob("*/*.py")}

@@ -35,7 +35,7 @@ from rosaq.report.reading import read_evidence
 from rosaq.report.static import draw, write_figures
 from rosaq.report.summary import sentences
 
-SIZES = {"group_size": 16, "salient": 16, "salient_per_head": 4}
+SIZES = {"group_size": 16, "salient": 16, "salient_per_head": 4, "salient_down": 16}
 SECTIONS = ["checkpoints", "evaluations", "pareto", "table5", "magnitudes", "table8", "spectra", "errors", "times"]
 SECTIONS += ["kernels", "peers", "decoding", "environment", "commands"]
 WIDTHS = {"phone": 390, "tablet": 820, "desktop": 1440}
@@ -204,7 +204,9 @@ def test_text_in_a_plot_cannot_end_its_script(evidence):
 
 def test_the_commands_repeat_what_was_done(evidence):
     lines = commands(evidence)
-    assert lines[0].startswith("rosaq quantize model -o tiny-int4 --recipe rosaq-int4 --group-size 16 --salient 16 --salient-per-head 4")
+    assert lines[0].startswith(
+        "rosaq quantize model -o tiny-int4 --recipe rosaq-int4 --group-size 16 --salient 16 --salient-per-head 4 --salient-down 16"
+    )
     assert lines[0].endswith("--calibration text.txt --samples 2 --seq-len 32 --seed 0")
     assert "rosaq compare model -o compare --recipes rtn,mixed,rosaq-int4 --bits 4,3 --seeds 0,1 --group-size 16" in lines[1]
     assert "--window 32" in lines[1] and not any("/" in word for line in lines for word in line.replace("1/16,4/16", "").split())

@@ -38,7 +38,7 @@ def model_card(source: Source, report: Any, pictures: Pictures) -> str:
     """
     recipe, calibration = report.recipe, report.calibration
     size, original = report.checkpoint_bytes / 1e6, report.original_bytes / 1e6
-    rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items() if key not in ("name", "description"))
+    rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items() if key not in ("name", "description", "allocation"))
     body = f"""# {source.public_name.rpartition("/")[2]}, quantized by rosaq
 
 {recipe["description"] or recipe["name"]} **{report.bits_per_weight:.2f} bits per weight** of the decoder's linear
@@ -80,7 +80,7 @@ def metadata(source: Source, recipe: dict[str, Any]) -> ModelCardData:
         license_name=origin.license_name,
         license_link=origin.license_link,
         pipeline_tag="text-generation",
-        tags=["rosaq", "quantized", f"{recipe['bits']}-bit"],
+        tags=["rosaq", "quantized", *([] if recipe.get("allocation") else [f"{recipe['bits']}-bit"])],
         **relation,
     )
 
@@ -92,11 +92,12 @@ def _license(source: Source) -> str:
 
 
 def _channels(report: Any) -> str:
+    salient = 0 if report.recipe["allocation"] else report.recipe["salient"]
+    shaded = f" The {salient} channels that stay precise are shaded." if salient else ""
     return f"""
 ## Channels before and after rotation
 
 ![Root mean square of each channel before and after rotation]({CHANNELS})
 
-The residual stream over the calibration text, all sites together, over the mean channel. The {report.recipe["salient"]} channels that stay precise
-are shaded.
+The residual stream over the calibration text, all sites together, over the mean channel.{shaded}
 """

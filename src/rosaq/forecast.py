@@ -126,6 +126,10 @@ def forecast(
     calibration, means, device = calibration or Calibration(), means or Means(), resolve_device(device)
     source = describe_source(model) if isinstance(model, str) else model
     check_length(calibration.seq_len, source)
+    if recipe.target_bits and not recipe.allocation:
+        raise ValueError(
+            f"target_bits is {recipe.target_bits:g}: what each layer gets is found on calibration text, so nothing can be planned before"
+        )
     a, plan, cuda = source.architecture, make_plan(recipe, source.architecture, source.biases()), device.startswith("cuda")
     run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
     windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")

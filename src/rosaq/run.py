@@ -1,6 +1,6 @@
 """A run: what its stages share, what it may take, what tells it from another, and what it reports."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rosaq.distributed import Ranks
 from rosaq.learned import BATCH
 from rosaq.memory import Work, estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
-from rosaq.plan import Plan
+from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe
 from rosaq.source import Source
 from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
@@ -100,13 +100,26 @@ class Run:
     clock: Clock
     progress: Progress
 
+    def allocated(self, allocation: str) -> "Run":
+        """The run with the allocation that was found for the recipe's target."""
+        recipe = self.recipe.replace(allocation=allocation)
+        return replace(self, recipe=recipe, plan=make_plan(recipe, self.source.architecture, self.source.biases()))
+
+    def report(self, settings: dict[str, Any], windows: torch.Tensor) -> Report:
+        """The report of the run, with nothing but times and memory to be filled in."""
+        sizes = (self.plan.bits_per_weight, self.plan.checkpoint_bytes, self.plan.original_bytes)
+        kept = {key: value for key, value in settings.items() if key != "statistics"}
+        record, device = calibration_record(kept, windows), torch.device(self.device).type
+        return Report(self.recipe.to_dict(), record, device, *sizes, self.clock.seconds, model=self.source.public_name)
+
     def work(self, windows: torch.Tensor) -> Work:
         """Memory that a run over these windows takes; nothing but their shape is looked at."""
         dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
         mine = own_windows(windows, batch, self.ranks)
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
-        return estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
+        moments = self.recipe.needs_moments or self.recipe.target_bits > 0
+        return estimate(self.source.architecture, self.device, dtype.itemsize, tokens, moments, learning)
 
     def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
         """How passes over these windows are run, by the memory there is."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rosaq_cli.screen import errors, show_table
+from rosaq_cli.screen import errors, show_json, show_table
 
 if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
     from rosaq.forecast import Forecast
@@ -10,8 +10,10 @@ if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
 
 
-def show_plan(plan: "Forecast") -> None:
-    """A table on standard output, and a line on standard error for whatever will not fit."""
+def show_plan(plan: "Forecast", as_json: bool) -> None:
+    """JSON, or a table on standard output and a line on standard error for whatever will not fit."""
+    if as_json:
+        return show_json(plan.to_dict())
     rows = [
         ["weights", f"{plan.parameters / 1e6:,.1f} million, {_gigabytes(plan.original_bytes)} in FP16"],
         ["bits per weight", f"{plan.bits_per_weight:.3f}"],

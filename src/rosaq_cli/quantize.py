@@ -25,6 +25,8 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Channels that share a scale: 32, 64 or 128.", show_default="recipe's")] = None,
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
+    salient_down: Annotated[int | None, typer.Option(help="Channels of down that stay precise.", show_default="recipe's")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Bits per weight to stay under; they go where they count.", show_default="none")] = None,
     calibration: Annotated[str, typer.Option(help="pile, c4, wikitext2 (hub), self (sampled from the model), or a .txt/.jsonl file.")] = "pile",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
@@ -51,16 +53,15 @@ def quantize(
     from rosaq.distributed import current_ranks, joined
     from rosaq.memory import parse_size
 
-    chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, salient=salient, salient_per_head=salient_per_head)
+    changes = {"salient": salient, "salient_per_head": salient_per_head, "salient_down": salient_down}
+    chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, target_bits=target_bits, **changes)
     host, gpu = (None if size is None else parse_size(size) for size in (max_memory, max_device_memory))
     means = Means(host, force, gpu)
     text = Calibration(calibration, samples, seq_len, seed)
     if plan:
         from rosaq.forecast import forecast
 
-        planned = forecast(model, chosen, text, device, means, output)
-        show_json(planned.to_dict()) if json_output else show_plan(planned)
-        return
+        return show_plan(forecast(model, chosen, text, device, means, output), json_output)
     if output is None:
         raise typer.BadParameter("name the folder to make, or give --plan to see what it would take", param_hint="--output")
     with joined(device) as own_device:

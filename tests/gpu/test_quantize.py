@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-int3", "rosaq-paper-per-layer", "mixed", "rtn", "quarot", "quarot-gptq", "quarot-r4"])
+@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-nearest", "rosaq-paper-per-layer", "mixed", "rtn", "quarot", "quarot-gptq", "quarot-r4"])
 def test_the_gpu_makes_the_cpus_checkpoint(name, saved, text_file, tmp_path):
     source = open_source(str(saved("llama-biased")))
     recipe = load_recipe(name)
@@ -35,7 +35,7 @@ def test_the_gpu_makes_the_cpus_checkpoint(name, saved, text_file, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_the_gpu_stays_near_float32(dtype, saved, text_file, tmp_path):
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
+    recipe = load_recipe("rosaq-nearest").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
     quantize(str(saved("llama")), tmp_path / "out", recipe, Calibration(str(text_file), 4, 32), "cuda")
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cuda")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, device_map="cuda")

@@ -91,7 +91,7 @@ def checkpoint_errors(
     tensors = SafetensorsFolder(folder)
     job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
     for role, module in LINEARS.items():
-        name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.linears[role].tensors()["qweight"][0]
+        name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.blocks[0][role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
             raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
     errors = _errors(job, statistics, observed, lambda index, *_: tensors)
@@ -114,7 +114,7 @@ def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Obser
         for site, roles in SITES.items():
             moment = prepared.moment(site, sites[site].moment.to(job.device))
             for role in roles:
-                module, layout = LINEARS[role], job.plan.linears[role]
+                module, layout = LINEARS[role], job.plan.blocks[index][role]
                 weight = prepared.block[f"{module}.weight"]
                 parts = {name: tensors[f"{prefix}{module}.{name}"].to(weight.device) for name in layout.tensors() if name != "bias"}
                 found.append(LayerError(index, role, *relative_errors(weight, dequantize(layout, parts), moment)))

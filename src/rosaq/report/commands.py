@@ -9,7 +9,10 @@ from rosaq.recipe import Recipe, load_recipe, shipped_recipes
 from rosaq.report.reading import Evidence, Found
 from rosaq.report.summary import quantized
 
-SIZES = ("bits", "group_size", "salient", "salient_per_head")  # what an option of the command line can change in a recipe
+# What options of the command line can change in a recipe: of `benchmark quantize`, of `compare`, of `quantize`.
+TIMED = ("group_size", "salient", "salient_per_head")
+COMPARED = (*TIMED, "salient_down")
+QUANTIZED = ("bits", *COMPARED, "target_bits")
 
 
 def commands(evidence: Evidence) -> list[str]:
@@ -44,26 +47,28 @@ def _quantize(name: str, report: dict[str, Any]) -> str:
         name,
         "--recipe",
         _named(recipe),
-        *_recipe_options([recipe], SIZES),
+        *_recipe_options([recipe], QUANTIZED),
         *_text(report["calibration"]),
     )
 
 
 def _compare(one: Found) -> str:
-    recipes = {cell.recipe.name: cell.recipe for cell, _ in one.cells if cell.recipe is not None}
-    bits = dict.fromkeys(cell.recipe.bits for cell, _ in one.cells if cell.recipe is not None)
+    quantized_by = [cell.recipe for cell, _ in one.cells if cell.recipe is not None and cell.checkpoint is None]
+    recipes, bits = {recipe.name: recipe for recipe in quantized_by}, dict.fromkeys(recipe.bits for recipe in quantized_by if not recipe.target_bits)
+    checkpoints = [str(cell.checkpoint) for cell, _ in one.cells if cell.checkpoint is not None]
     seeds = sorted({cell.seed for cell, _ in one.cells if cell.seed is not None})
     tasks = [task for task in TASKS if any(task in values["figures"] for _, values in one.cells)]
     common, more = one.data, []
     if tasks != [PERPLEXITY]:
         more += ["--tasks", ",".join(tasks)]
-    more += _recipe_options([recipe.to_dict() for recipe in recipes.values()], ("group_size", "salient", "salient_per_head"))
+    more += _recipe_options([recipe.to_dict() for recipe in recipes.values()], COMPARED)
     more += ["--calibration", common["calibration text"], "--samples", common["samples"], "--seq-len", common["seq_len"]]
     for name, usual in (("window", 2048), ("windows", None), ("dtype", "auto")):
         if common[name] != usual:
             more += [f"--{name}", common[name]]
     more += ["--limit", common["documents"]] if common["documents"] is not None else []
     more += [] if common["data"] == "hub" else ["--data", "DATA"]
+    more += ["--checkpoints", ",".join(checkpoints)] if checkpoints else []
     names = ",".join(_named(recipe.to_dict()) for recipe in recipes.values())
     given = ["--recipes", names, "--bits", ",".join(map(str, bits)), "--seeds", ",".join(map(str, seeds))]
     return _line("compare", common["model"], "-o", one.name, *(given if recipes else []), *more)
@@ -88,7 +93,7 @@ def _decode(one: Found) -> str:
 
 def _timed(one: Found) -> str:
     report, (samples, length) = one.data["report"], one.data["tokens"]
-    sizes = _recipe_options([report["recipe"]], ("group_size", "salient", "salient_per_head"))
+    sizes = _recipe_options([report["recipe"]], TIMED)
     blocks = ["--blocks", one.data["blocks"]] if one.data["blocks"] != one.data["blocks_of_model"] else []
     given = ["--recipe", _named(report["recipe"]), *sizes, "--samples", samples, "--seq-len", length, *(["--warm"] if one.data["warm"] else [])]
     line = _line("benchmark", "quantize", one.data["shape"], "--folder", "FOLDER", *blocks, *given, "-o", one.path.name)
@@ -100,21 +105,28 @@ def _text(calibration: dict[str, Any]) -> list[Any]:
     return [word for key, option in names.items() if key in calibration for word in (option, calibration[key])]
 
 
-def _named(recipe: dict[str, Any]) -> str:
-    """What `--recipe` must be given: the name, or a file where the recipe is not the shipped one of that name in all but sizes."""
-    name = str(recipe["name"])
-    known = (
-        name in shipped_recipes() and {**load_recipe(name).to_dict(), **{size: recipe[size] for size in SIZES}} == Recipe.from_dict(recipe).to_dict()
-    )
-    return name if known else f"{name}.toml"
+def _named(values: dict[str, Any]) -> str:
+    """What `--recipe` must be given: the name, or a file where the recipe is not the shipped one of that name in all but sizes.
+
+    An allocation is found again for the target that the recipe names; `compare` writes the target behind the name.
+    """
+    recipe = Recipe.from_dict(values)
+    stem, _, target = recipe.name.rpartition("-")
+    if recipe.target_bits and stem in shipped_recipes() and target == f"{recipe.target_bits:g}":
+        return f"{stem}@{target}"
+    if recipe.name not in shipped_recipes():
+        return f"{recipe.name}.toml"
+    sizes = {size: getattr(recipe, size) for size in QUANTIZED}
+    again = load_recipe(recipe.name).replace(**sizes, allocation=recipe.allocation if recipe.target_bits else None)
+    return recipe.name if again.to_dict() == recipe.to_dict() else f"{recipe.name}.toml"
 
 
 def _recipe_options(recipes: list[dict[str, Any]], sizes: tuple[str, ...]) -> list[Any]:
     """Options for the sizes in which recipes differ from those that are shipped under their names."""
-    found = []
+    shipped = [(Recipe.from_dict(recipe), load_recipe(recipe["name"])) for recipe in recipes if recipe["name"] in shipped_recipes()]
+    found: list[Any] = []
     for size in sizes:
-        usual = {recipe["name"]: getattr(load_recipe(recipe["name"]), size) for recipe in recipes if recipe["name"] in shipped_recipes()}
-        changed = [recipe[size] for recipe in recipes if recipe["name"] in usual and recipe[size] != usual[recipe["name"]]]
+        changed = [getattr(recipe, size) for recipe, usual in shipped if getattr(recipe, size) != getattr(usual, size)]
         if changed:
             found += [f"--{size.replace('_', '-')}", changed[0]]
     return found

@@ -28,6 +28,8 @@ KNOWN = (
     "`rosaq evaluate` or `rosaq benchmark`"
 )
 
+CHECKPOINT_CELL = "checkpoint."  # begins the name of a cell of `rosaq compare --checkpoints`
+
 
 @dataclass(frozen=True)
 class Found:
@@ -120,7 +122,8 @@ def _comparison(path: Path) -> Found:
         if not {"recipe", "bits", "seed", "figures", "runs"} <= set(values):
             raise ValueError(f"{file}: not a cell of `rosaq compare`")
         recipe = None if values["recipe"] is None else Recipe.from_dict(values["recipe"], str(file))
-        cells.append((Cell(recipe, values["seed"], tuple(values["figures"])), values))
+        there = Path(file.stem.removeprefix(CHECKPOINT_CELL)) if file.stem.startswith(CHECKPOINT_CELL) else None
+        cells.append((Cell(recipe, values["seed"], tuple(values["figures"]), there), values))
     if not cells:
         raise ValueError(f"{path}: a comparison without a finished cell; run `rosaq compare` on")
     return Found("comparison", path, read_json(path / COMMON), tuple(sorted(cells, key=_place)), _published(path / "table.csv"))
@@ -128,11 +131,11 @@ def _comparison(path: Path) -> Found:
 
 def _place(entry: tuple[Cell, dict[str, Any]]) -> tuple[Any, ...]:
     """Where a cell stands in the table: ROSAQ, which has salient channels in the basis of principal components, comes last."""
-    recipe, seed = entry[0].recipe, entry[0].seed
+    cell, recipe = entry[0], entry[0].recipe
     if recipe is None:
         return (0,)
     changes = recipe.rotation != "none", recipe.scaling != "none", recipe.rounding != "nearest"
-    return 1, -recipe.bits, is_rosaq(recipe), recipe.salient > 0, *changes, recipe.name, seed
+    return 1, -cell.row[0], is_rosaq(recipe), recipe.salient > 0, *changes, cell.row[1], cell.seed or 0
 
 
 def is_rosaq(recipe: Recipe) -> bool:

@@ -96,7 +96,7 @@ def _best(table: Table) -> str:
         first = min((row for row in measured if row.bits == bits), key=_perplexity)
         against = f" ({100 * (_perplexity(first) / _perplexity(original) - 1):+.1f} %)" if original else ""
         bits_per_weight = first.figures[BITS_COLUMN].value
-        parts.append(f"at INT{bits} {first.method}'s, {_perplexity(first):.2f}{against} with {bits_per_weight:.2f} bits per weight")
+        parts.append(f"at {first.section} {first.method}'s, {_perplexity(first):.2f}{against} with {bits_per_weight:.2f} bits per weight")
     if not parts:
         return ""
     start = (

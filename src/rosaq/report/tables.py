@@ -125,7 +125,7 @@ def comparisons(evidence: Evidence) -> list[Grid]:
 def _comparison(one: Found, table: Table, named: bool) -> Grid:
     """The method first, so that a phone keeps its name in sight; bits begin the sections."""
     lines, section = [], ""
-    ours = {cell.recipe.name for cell, _ in one.cells if cell.recipe is not None and is_rosaq(cell.recipe)}
+    ours = {cell.row[1] for cell, _ in one.cells if cell.recipe is not None and is_rosaq(cell.recipe)}
     for row, cells in zip(table.rows, table.lines(), strict=True):
         marks = {"published": bool(row.published), "first": row.section != section, "ours": not row.published and row.method in ours}
         section = row.section
