@@ -222,6 +222,16 @@ def test_the_commands_repeat_what_was_done(evidence):
         assert set(re.findall(r" (--[a-z-]+)", line)) <= set(re.findall(r"--[a-z-]+", shown.stdout)), line
 
 
+def test_cells_of_checkpoints_have_their_own_rows(measured, tmp_path):
+    shutil.copytree(measured / "compare", tmp_path / "compare")
+    shutil.copy(tmp_path / "compare" / "cells" / "rosaq-int4.int3.seed0.json", tmp_path / "compare" / "cells" / "checkpoint.distilled.json")
+    found = read_evidence([tmp_path / "compare"])
+    assert [(row.bits, row.method) for row in table(found).rows if row.method == "distilled"] == [(3, "distilled")]
+    drawn = next(plot for plot in all_plots(found) if plot.name == "pareto").views["compare",]
+    assert next(series for series in drawn if series.name == "distilled").bold
+    assert "--recipes rtn,mixed,rosaq-int4 --bits 4,3" in commands(found)[0] and "--checkpoints distilled" in commands(found)[0]
+
+
 def test_figures_for_a_paper(evidence, tmp_path):
     plots = all_plots(evidence)
     written = write_figures(plots, tmp_path / "one")
