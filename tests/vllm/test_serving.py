@@ -204,6 +204,13 @@ def test_completion_chat_and_streaming(client, tokenizer):
     assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip() == expected.strip()
 
 
+@pytest.mark.parametrize("options", [["What is the capital of France?"], ["--complete", "The capital of France is"]])
+def test_the_example_of_a_client(client, options):
+    command = [sys.executable, ROOT / "examples" / "chat.py", "--url", str(client.base_url), "--model", NAME, "--max-tokens", "16", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Paris" in done.stdout and "per second" in done.stderr
+
+
 def test_thirty_two_requests_at_once(client, prompts):
     def ask(index):
         return client.completions.create(model=NAME, prompt=prompts[index % PROMPTS], max_tokens=16, temperature=0, extra_body={"ignore_eos": True})
