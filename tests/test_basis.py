@@ -9,7 +9,6 @@ from rosaq.basis import Bases, draw_bases, prepare_block, residual_basis
 from rosaq.hadamard import hadamard_transform
 from rosaq.moments import collect_moments
 from rosaq.plan import make_plan
-from rosaq.saliency import salient_first, salient_first_blocks
 
 IDS = torch.arange(3, 43).view(2, 20)
 WINDOWS = torch.arange(160).remainder(90).view(5, 32)
@@ -114,18 +113,9 @@ def test_head_bases_hold_the_energy_in_order(saved):
     assert concatenated > head_wise > max(shared, none)
 
 
-def test_salient_channels_dealt_out_to_blocks():
-    magnitude = torch.tensor([3.0, 1, 9, 2, 8, 5, 7, 4])
-    assert salient_first_blocks(magnitude, 1, 2).tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
-    assert salient_first_blocks(magnitude, 2, 2).tolist() == [2, 6, 0, 1, 4, 5, 3, 7]
-    assert torch.equal(salient_first_blocks(magnitude, 3, 1), salient_first(magnitude, 3))
-
-
-def test_w_down_in_blocks_is_exact(saved, monkeypatch):
-    """Its salient channels are dealt out to four blocks, which gate and up absorb."""
-    monkeypatch.setattr("rosaq.plan.DOWN_BLOCK_LEAST", 24)
+def test_w_down_with_its_salient_channels_first_is_exact(saved):
+    """Gate and up absorb the order."""
     source, recipe = open_source(str(saved("llama", intermediate_size=96))), small("rosaq-int4").replace(salient_down=32)
-    assert make_plan(recipe, source.architecture).blocks[0]["down"].blocks == 4
     x = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     basis, blocks, _ = prepared_blocks(source, recipe)
     for index, prepared in enumerate(blocks):

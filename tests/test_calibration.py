@@ -33,6 +33,23 @@ def test_text_formats(tmp_path):
     assert read_documents(str(tmp_path / "a.jsonl")) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": 2}\n', "a.jsonl, line 2: no field 'text'"),
+        ("a.json", b"[", "a.json: not valid JSON"),
+        ("a.json", b'{"text": "one"}', "a.json: holds a JSON dict, not a list"),
+        ("a.json", b'["one", {"body": "two"}]', "a.json, entry 2: no field 'text'"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents(str(tmp_path / name))
+
+
 def test_inputs_are_the_models_own(family, saved):
     """Moments against hooks on the whole model; the residual sites divided by the norm's weight."""
     source = open_source(str(saved(family)))

@@ -11,7 +11,22 @@ from safetensors.torch import load, save_file
 
 from conftest import random_model, tokenizer
 
-SIZES = ["--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--salient-down", "16", "--group-size", "16", "--device", "cpu"]
+SIZES = [
+    "--samples",
+    "2",
+    "--seq-len",
+    "32",
+    "--salient",
+    "16",
+    "--salient-per-head",
+    "4",
+    "--salient-down",
+    "16",
+    "--group-size",
+    "16",
+    "--device",
+    "cpu",
+]
 
 
 def rosaq(*arguments):

@@ -97,6 +97,11 @@ def test_the_table(experiment, tmp_path):
 
 
 def test_the_same_command_gives_the_same_table_and_measures_nothing_again(experiment, tmp_path):
+    baselines = ("gptq", "gptq-act-order", "awq", "quarot-gptq", "spinquant", "mixed", "rosaq-random")
+    recipes = tuple(sized(load_recipe(name), **SIZES) for name in baselines)
+    recipes = tuple(recipe.replace(learning_steps=2) if recipe.learning_steps else recipe for recipe in recipes)
+    tables = [table_of(compare(experiment(recipes=recipes, bits=(3,)), tmp_path / name, ("cpu",))) for name in ("a", "b")]
+    assert tables[0].csv() == tables[1].csv() and len({row.figures["WikiText-2 PPL"].value for row in tables[0].rows}) == 1 + len(baselines)
     first, second = (table_of(compare(experiment(), tmp_path / name, ("cpu",))).csv() for name in ("one", "two"))
     assert first == second
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "cells").iterdir()}

@@ -184,3 +184,24 @@ def test_salient_channels_matter(saved, calibration, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(salient), dtype=torch.float32)
         errors[salient] = relative(logits(loaded), logits(model))
     assert errors[16] < 0.8 * errors[0]
+
+
+def test_mixed_keeps_the_channels_that_carry_most(calibration, tmp_path):
+    """Rounding to nearest loses most at input channels that stand out; Mixed finds them and keeps them precise."""
+    loud, model = torch.tensor([3, 17, 22, 40, 41, 59]), random_model("llama", hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[loud] *= 12
+            layer.post_attention_layernorm.weight[loud] *= 12
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    source, errors = open_source(str(tmp_path / "model")), {}
+    for name in ("rtn", "mixed"):
+        quantize(source, tmp_path / name, small(name, bits=3), calibration, "cpu")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        errors[name] = relative(logits(loaded), logits(model))
+    stored = load_file(tmp_path / "mixed" / "model.safetensors")
+    for layer in range(2):
+        for site in ("self_attn.q_proj", "mlp.gate_proj"):
+            assert set(loud.tolist()) <= set(stored[f"model.layers.{layer}.{site}.order"][:16].tolist())
+    assert errors["mixed"] < 0.7 * errors["rtn"]

@@ -26,7 +26,7 @@ from rosaq.rotation import (
 )
 from rosaq.rounding.grid import round_to_nearest
 from rosaq.rounding.scaling import moment_loss, sample_loss, search_scale
-from rosaq.saliency import salient_first, salient_first_blocks, salient_first_heads, spectrum_order
+from rosaq.saliency import salient_first, salient_first_heads, spectrum_order
 
 Moments = dict[str, torch.Tensor]
 
@@ -217,7 +217,7 @@ def prepare_block(
         if layout.ordered:
             prepared.orders[site] = salient_first(inputs[site].magnitude * gain.abs().cpu(), layout.salient)
     if layouts["down"].salient:
-        prepared.down_order = salient_first_blocks(inputs["mlp_out"].magnitude.to(device), layouts["down"].salient, layouts["down"].blocks)
+        prepared.down_order = salient_first(inputs["mlp_out"].magnitude.to(device), layouts["down"].salient)
         prepared.block = permute_feed_forward(prepared.block, prepared.down_order)
     for site in SITES:
         if (recipe.down_scaling if site == "mlp_out" else recipe.scaling) == "awq":

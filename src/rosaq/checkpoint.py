@@ -12,7 +12,7 @@ from rosaq.architecture import BLOCKS, LINEARS
 from rosaq.plan import Plan
 from rosaq.safetensors_folder import read_json, safe_member
 from rosaq.shard_files import ShardFiles, sha256
-from rosaq.workfolder import WorkFolder, disk_errors, flush
+from rosaq.workfolder import WorkFolder, disk_errors, flush, write_whole
 
 FORMAT_VERSION = 1
 MANIFEST = "rosaq.json"
@@ -55,9 +55,9 @@ def write_beside(
     for companion in [config, *companions]:
         companion.save_pretrained(folder)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text.encode())
     entry = {"format_version": FORMAT_VERSION, "files": files, **manifest}
-    (folder / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, (json.dumps(entry, indent=2) + "\n").encode())
     for file in (*folder.iterdir(), folder):
         flush(file)
 

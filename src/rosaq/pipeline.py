@@ -18,6 +18,7 @@ from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
 from rosaq.job import Job, find_bases, quantize_block, quantize_table
 from rosaq.learned import Learned, learning_key
+from rosaq.memory import device_bound
 from rosaq.moments import Flow
 from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
@@ -72,7 +73,7 @@ def quantize(
         checkpoint_parts(source, plan)  # refuses what is wrong with the model's tensors
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
-    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work:
+    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work, device_bound(device, means.max_device_memory):
         if windows is None:
             assert isinstance(calibration, Calibration)
             windows = run.sampled(calibration, work)
@@ -107,9 +108,12 @@ def _make(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], cali
     report.learning = job.bases.learning
     with run.clock("rounding"):
         report.resumed_blocks = _round_blocks(run, job, statistics, results, flow)
-        _round_tables(run, job, results)
     with run.clock("writing"):
         work.settle()
+    with run.clock("tables"):
+        _round_tables(run, job, results)
+        work.settle()
+    with run.clock("writing"):
         run.ranks.wait()
         if first:
             _finish(work, results, run, report)
@@ -188,9 +192,7 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
     modules = [FINAL_NORM, EMBEDDING] if job.plan.tied else [FINAL_NORM, EMBEDDING, HEAD]
     for index, module in enumerate(modules):
         if index % run.ranks.count == run.ranks.rank and not results.done(module):
-            stored = quantize_table(job, module)
-            with run.clock("writing"):
-                results.later(module, stored)
+            results.later(module, quantize_table(job, module))
 
 
 def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:

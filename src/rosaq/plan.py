@@ -11,7 +11,6 @@ from rosaq.layout import LinearLayout
 from rosaq.recipe import ABSORBED, Recipe, SiteForm
 
 TABLE_BITS = 8
-DOWN_BLOCKS, DOWN_BLOCK_LEAST = 4, 1024  # equal parts of W_down's inputs that have their own salient channels, so that ranks can share them
 OPTION_BITS, OPTION_GROUPS, OPTION_SHARES = (3, 4), (32, 64, 128), (1, 2, 4, 8)  # what a site may get for a target: see `site_options`
 
 
@@ -101,12 +100,11 @@ def site_options(recipe: Recipe) -> dict[str, list[SiteForm]]:
     """The forms that each site may get for a target.
 
     3 or 4 bits; groups of 32, 64 or 128; the recipe's salient channels, a half, a quarter, an eighth or none, in multiples of 8 as the
-    kernels like them, or of 32 where W_down's are in blocks.
+    kernels like them.
     """
     options = {}
     for site, most in zip(SITES, recipe.site_salient, strict=True):
-        unit = 8 * DOWN_BLOCKS if site == "mlp_out" else 8
-        counts = sorted({0, most, *(most // share // unit * unit for share in OPTION_SHARES[1:])})
+        counts = sorted({0, most, *(most // share // 8 * 8 for share in OPTION_SHARES[1:])})
         groups = sorted({*OPTION_GROUPS, recipe.group_size})
         options[site] = [SiteForm(bits, salient, group) for bits in OPTION_BITS for salient in counts for group in groups]
     return options
@@ -140,18 +138,8 @@ def _linear(role: str, recipe: Recipe, a: Architecture, bias: bool, form: SiteFo
     if site == "attn_out":
         return replace(layout, blocks=a.heads, salient=salient) if salient else layout
     if site == "mlp_out":
-        blocks = down_blocks(salient, a)
-        return replace(layout, blocks=blocks, salient=salient // blocks)
+        return replace(layout, salient=salient)
     return replace(layout, salient=salient, ordered=recipe.selection == "magnitude" and salient > 0)
-
-
-def down_blocks(salient: int, a: Architecture) -> int:
-    """Equal blocks of W_down's inputs: 4, so that 2 or 4 tensor-parallel ranks can share them, where the channels are many enough.
-
-    Each block has its share of the salient channels at its head, at least 8, as the kernels like them.
-    """
-    whole = salient and salient % (8 * DOWN_BLOCKS) == 0 and a.intermediate % (8 * DOWN_BLOCKS) == 0
-    return DOWN_BLOCKS if whole and a.intermediate >= DOWN_BLOCKS * DOWN_BLOCK_LEAST else 1
 
 
 def _check_salient(recipe: Recipe, a: Architecture) -> None:

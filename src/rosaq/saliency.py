@@ -41,17 +41,6 @@ def salient_first(magnitude_K: torch.Tensor, salient: int) -> torch.Tensor:
     return torch.cat([leading, rest.nonzero().flatten()])
 
 
-def salient_first_blocks(magnitude_K: torch.Tensor, salient: int, blocks: int) -> torch.Tensor:
-    """A permutation (K,) into equal blocks, each with `salient` of the channels of the largest magnitude at its head.
-
-    They are dealt out in turn, largest first, so that the first few of every block are the largest of all; the rest
-    follow as they come.
-    """
-    order_K = salient_first(magnitude_K, salient * blocks)
-    leading_BS = order_K[: salient * blocks].view(salient, blocks).T
-    return torch.cat([leading_BS, order_K[salient * blocks :].view(blocks, -1)], 1).flatten()
-
-
 def salient_first_heads(magnitude_K: torch.Tensor, salient: int, heads: int, kv_heads: int) -> torch.Tensor:
     """Permutation matrices (H, E, E), one per key-value head, that put the head's salient channels first.
 

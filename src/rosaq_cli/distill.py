@@ -15,8 +15,10 @@ def distill(
     calibration: Annotated[str, typer.Option(help="Text to train on, as for quantize.")] = "pile",
     samples: Annotated[int, typer.Option(help="Windows to train on; 8 more are held out.")] = 400,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    epochs: Annotated[int, typer.Option(help="Times that every window is seen.")] = 4,
-    learning_rates: Annotated[str, typer.Option(help="Of scales, salient weights, norms, codes; 0 leaves a part alone.")] = "1e-3,5e-5,1e-3,0",
+    epochs: Annotated[int, typer.Option(help="Passes over all windows.")] = 4,
+    learning_rates: Annotated[
+        str, typer.Option(help="Of scales, salient weights, norms and codes, per step; 0 leaves a part alone.")
+    ] = "1e-3,5e-5,1e-3,0",
     seed: Annotated[int, typer.Option(help="Seed of the choice of text and of the order of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

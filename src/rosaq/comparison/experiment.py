@@ -11,6 +11,7 @@ from rosaq.checkpoint import is_checkpoint
 from rosaq.evaluation.perplexity import WIKITEXT2_FILE, WINDOW
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import first_row, raw_bytes, read_json
+from rosaq.shard_files import sha256
 from rosaq.source import Source
 from rosaq.version import __version__
 
@@ -168,7 +169,7 @@ def fingerprint(source: Source) -> str:
 
 def file_sha256(path: Path) -> str | None:
     """SHA-256 of a file; None where there is none, such as for a calibration text that has a name."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256(path) if path.is_file() else None
 
 
 def sized(

@@ -7,9 +7,7 @@ its process ends, however it ends, so that a dead process never blocks a cell.
 import fcntl
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from rosaq.comparison.experiment import Cell, Experiment
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import read_json
 from rosaq.source import Source
+from rosaq.workfolder import write_whole
 
 COMMON = "comparison.json"
 PARTS = ("cells", "claims", "checkpoints")
@@ -156,12 +155,6 @@ def _finite(value: Any) -> Any:
 def write_text(file: Path, text: str) -> None:
     """Write a text file at once, likewise."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
+        write_whole(file, text.encode())
     except OSError as error:
         raise ValueError(f"{file}: cannot be written: {error.strerror}") from error

@@ -17,8 +17,9 @@ from rosaq.distillation.trainable import TrainableLinear, is_norm, make_trainabl
 from rosaq.distillation.training import Settings, train
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.evaluation.perplexity import divergence
+from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.skeleton import full_model
-from rosaq.source import SafetensorsFolder, Source, open_source
+from rosaq.source import Source, open_source
 from rosaq.statistics import read_windows
 from rosaq.workfolder import check_destination
 
@@ -92,7 +93,8 @@ def distill(
         ValueError: the checkpoint is not whole, is distilled already, rotates at run time or is not of this original,
             there is too little text, the divergence on the held-out windows rises, or the destination is taken; nothing is left behind.
     """
-    checkpoint, device, clock = Path(checkpoint), resolve_device(device), Clock()
+    checkpoint, device = Path(checkpoint), resolve_device(device)
+    clock = Clock(device)
     check_destination(Path(output).expanduser().absolute())
     with clock("open"):
         manifest = verify_checkpoint(checkpoint)
@@ -121,7 +123,7 @@ def distill(
 
 def _config(checkpoint: Path, source: Source) -> Any:
     """The checkpoint's config; an original of another form is refused, and a second distillation, of which the record would forget the first."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     own, other = Architecture.of(config, str(checkpoint)), source.architecture
     for part in fields(Architecture):  # a table that was tied may be stored twice, each with its own rotation
         if part.name != "tied" and getattr(own, part.name) != getattr(other, part.name):
@@ -137,11 +139,7 @@ def _windows(source: Source, calibration: Calibration, settings: Settings, devic
     """Windows to train on, and those that are held out."""
     if calibration.samples < settings.batch:
         raise ValueError(f"samples is {calibration.samples}; distillation takes {settings.batch} windows a step, so it needs that many or more")
-    if calibration.seq_len > source.architecture.context:
-        raise ValueError(f"seq-len is {calibration.seq_len} tokens, but {source.name} has a context of {source.architecture.context}")
     windows = read_windows(source, replace(calibration, samples=calibration.samples + settings.held_out), device, progress)
-    if int(windows.max()) >= source.architecture.vocabulary:
-        raise ValueError(f"token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}; is the tokenizer the model's?")
     return windows[: calibration.samples].clone(), windows[calibration.samples :].clone()
 
 
@@ -149,7 +147,9 @@ def _load(checkpoint: Path, source: Source, device: str, settings: Settings, tok
     """Student, what of it is trained, and teacher."""
     compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
     teacher = full_model(source, compute, device)
-    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map=device, local_files_only=True).eval()
+    student = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, device_map=device, local_files_only=True, trust_remote_code=False
+    ).eval()
     parameters = make_trainable(student, compute, codes=settings.learning_rates[-1] > 0, rerun=not _keeps_blocks(source.architecture, device, tokens))
     return student, parameters, teacher
 
