@@ -79,9 +79,9 @@ def test_packed_model_equals_the_rounded_one(bits, family, saved, calibration, t
     rounded.lm_head.weight = torch.nn.Parameter(head)
     rounded.model.norm.weight = torch.nn.Parameter(torch.ones(source.architecture.hidden))
     for index, layer in enumerate(rounded.model.layers):
-        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears)
+        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.blocks[0])
         for role, module in LINEARS.items():
-            layout, weight = plan.linears[role], prepared.block[f"{module}.weight"].clone()
+            layout, weight = plan.blocks[0][role], prepared.block[f"{module}.weight"].clone()
             columns = layout.quantized_columns()
             weight[:, columns] = round_to_nearest(weight[:, columns], layout)
             prepared.block[f"{module}.weight"] = weight
@@ -100,7 +100,7 @@ def test_without_rounding_error_the_method_is_exact(saved, calibration, tmp_path
     down_only = copy.deepcopy(reference)
     plan = make_plan(recipe, open_source(str(original)).architecture)
     for layer in down_only.model.layers:
-        layer.mlp.down_proj.weight.data = round_to_nearest(layer.mlp.down_proj.weight.data, plan.linears["down"])
+        layer.mlp.down_proj.weight.data = round_to_nearest(layer.mlp.down_proj.weight.data, plan.blocks[0]["down"])
     ours, theirs = relative(logits(loaded), logits(reference)), relative(logits(down_only), logits(reference))
     assert ours < 1.5 * theirs
 

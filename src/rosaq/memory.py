@@ -1,6 +1,9 @@
-"""How much memory a run takes on the host, and where the activations go: device, pinned host memory or disk."""
+"""How much memory a run takes on the host and may take on a GPU, and where the activations go: device, pinned host memory or disk."""
 
+import contextlib
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from rosaq.architecture import LINEARS, SITES, Architecture
 
 UNITS = {"": 1, "B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}}
 DEVICE_SHARE = 4  # activations stay on a GPU where they take at most so small a part of its free memory
+LIBRARIES = 96 << 20  # what libraries take on first use, and what the allocator keeps: 10 to 75 MiB by measurement
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -79,26 +83,57 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
             model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
             step = learning[0] * (a.layers * a.hidden + 36 * a.hidden + 18 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 6
             host = max(host, model + step + weights * 4 * 14)  # factors by measurement: a block and its gradient
-    return Work(host, tokens[0] * a.hidden * itemsize)
+    return Work(host + LIBRARIES, tokens[0] * a.hidden * itemsize)
 
 
-def place_activations(work: Work, device: str, limit: int | None) -> str:
+@contextlib.contextmanager
+def device_bound(device: str, limit: int | None) -> Iterator[None]:
+    """Have PyTorch take no more of a GPU's memory than a bound, in bytes, while the block runs (the CUDA context comes on top).
+
+    Raises:
+        ValueError: a bound for the CPU, or more was needed than the bound or the GPU's memory.
+    """
+    if not device.startswith("cuda"):
+        if limit is not None:
+            raise ValueError(
+                f"max-device-memory is {limit / 2**30:.2f} GiB, but the device is {device}; it bounds a GPU's memory, max-memory the host's"
+            )
+        yield
+        return
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    if limit is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(index).total_memory), index)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        bound = "the GPU has no more free" if limit is None else f"max-device-memory is {limit / 2**30:.2f} GiB"
+        held = torch.cuda.memory_allocated(index) / 2**30
+        raise ValueError(f"{device}: out of memory with {held:.2f} GiB held: {bound}") from error
+    finally:
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+def place_activations(work: Work, device: str, limit: int | None, device_limit: int | None = None) -> str:
     """Where the activations fit: "device", "host" or "disk".
 
     Args:
         work: what the run takes.
         device: where it is computed.
         limit: host memory that the whole process may take; None: what is available now.
+        device_limit: memory of the GPU likewise.
 
     Raises:
         ValueError: the limit is too small even with the activations on disk; says what is needed.
     """
-    if device.startswith("cuda") and work.activations <= torch.cuda.mem_get_info(device)[0] // DEVICE_SHARE:
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
+    if work.activations <= min(free, free if device_limit is None else device_limit) // DEVICE_SHARE:
         needed, place = 0, "device"
     else:
         needed, place = work.activations, "host"
     room = available_bytes() if limit is None else limit - resident_bytes()
     if room < work.host and limit is not None:
-        least = (resident_bytes() + work.host) / 2**30
+        least = math.ceil((resident_bytes() + work.host) / 2**30 * 100) / 100
         raise ValueError(f"max-memory is {limit / 2**30:.2f} GiB, but this model takes about {least:.2f} GiB even with its activations on disk")
     return place if work.host + needed <= room else "disk"

@@ -97,9 +97,11 @@ def serve(request):
             time.sleep(request["after"])
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        ended = [os.wait4(pid, 0) for pid in children]
+        codes, peaks = [os.waitstatus_to_exitcode(status) for _, status, _ in ended], [1024 * usage.ru_maxrss for _, _, usage in ended]
         errors = [(folder / f"err{rank}").read_text() for rank in range(len(children))]
-        return {"codes": codes, "errors": errors, "operations": [int((folder / f"count{rank}").read_text() or 0) for rank in range(len(children))]}
+        operations = [int((folder / f"count{rank}").read_text() or 0) for rank in range(len(children))]
+        return {"codes": codes, "errors": errors, "operations": operations, "peak_bytes": peaks}
 
 
 if __name__ == "__main__":
