@@ -6,7 +6,7 @@ Usage: python scripts/compare_llm_compressor.py MODEL CALIBRATION_FILE DATA [--s
 It needs llm-compressor 0.14 in an environment of its own, with rosaq on PYTHONPATH:
 
     python -m venv DIR && DIR/bin/pip install torch==2.13.0
-    DIR/bin/pip install transformers==5.17.0 "datasets<=5.0.1" accelerate==1.15.0 loguru nvidia-ml-py pillow pydantic gguf
+    DIR/bin/pip install transformers==5.17.0 "datasets<=5.0.1" accelerate==1.15.0 loguru nvidia-ml-py pillow pydantic py-cpuinfo gguf
     DIR/bin/pip install --no-deps llmcompressor==0.14.0 compressed-tensors==0.19.0 auto-round==0.15.1
     PYTHONPATH=src DIR/bin/python scripts/compare_llm_compressor.py ...
 
