@@ -19,7 +19,7 @@ from rosaq.forecast import forecast
 from rosaq.memory import parse_size
 from rosaq.verification import part_errors
 from rosaq_cli.plan import show_plan
-from rosaq_cli.screen import stage_bars
+from rosaq_cli.screen import silence_transformers, stage_bars
 
 
 def options() -> argparse.Namespace:
@@ -46,6 +46,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Plan, quantize, check, measure."""
     given = options()
+    silence_transformers()
     recipe = rosaq.load_recipe(given.recipe)
     recipe = recipe.replace(bits=given.bits, group_size=given.group_size, salient=given.salient, salient_per_head=given.salient_per_head)
     text, means = rosaq.Calibration(given.calibration, given.samples, given.seq_len), rosaq.Means(given.max_memory)

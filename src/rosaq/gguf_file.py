@@ -30,7 +30,11 @@ _ROTARY_TABLE = "rope_freqs.weight"  # Llama 3.x: what config.json's rope parame
 
 
 class GgufTensors(Mapping[str, torch.Tensor]):
-    """Tensors of one GGUF file by Hugging Face name, float32, read and dequantized when asked for."""
+    """Tensors of one GGUF file by Hugging Face name, float32, read and dequantized when asked for.
+
+    Attributes:
+        fields: what the file states of the model in general, by name, such as "general.license".
+    """
 
     def __init__(self, path: Path, heads: int, kv_heads: int) -> None:
         """Index the file.
@@ -51,6 +55,7 @@ class GgufTensors(Mapping[str, torch.Tensor]):
             raise ValueError(f"{path}: not a readable GGUF file (truncated or corrupt): {error}") from error
         architecture = reader.fields["general.architecture"]
         interleaved = bytes(architecture.parts[architecture.data[0]]).decode() == "llama"
+        self.fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith("general.")}
         self._dequantize = gguf.dequantize
         self._path, self._tensors = path, {}
         self._heads = {LINEARS["q"]: heads, LINEARS["k"]: kv_heads} if interleaved else {}

@@ -14,7 +14,8 @@ from rosaq.architecture import LINEARS, SITES, Architecture
 
 UNITS = {"": 1, "B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}}
 DEVICE_SHARE = 4  # activations stay on a GPU where they take at most so small a part of its free memory
-LIBRARIES = 96 << 20  # what libraries take on first use, and what the allocator keeps: 10 to 75 MiB by measurement
+# What libraries take on first use, and what the allocator keeps; on the CPU 10 to 75 MiB by measurement.
+LIBRARIES = {"cpu": 96 << 20, "cuda": 1 << 30}
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -70,20 +71,22 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         learning: tokens of a step and of a window, where rotations are learned: the whole model is in memory then.
     """
     weights = sum(torch.Size(a.shape(role)).numel() for role in LINEARS)
-    table = 2 * a.vocabulary * a.hidden * 2  # as read and as written
-    if device.startswith("cuda"):  # two blocks as read, their page-locked copies rounded up, one block as written
-        host = 2 * weights * 2 * 2 + weights + table
+    table, record = a.vocabulary * a.hidden * 2, 3 * 8 * a.hidden**2  # the residual stream's sum, and copies of it while it is written
+    if device.startswith("cuda"):  # a second pass reads ahead beside the rounding, and page-locked memory, rounded up, is kept to the end
+        locked = (2 if second_pass else 1) * 2 * weights * 2 * 1.1
+        host = int(locked + max(weights * (2 + 1) + record, table * 4))
     else:
         widths = [a.width(site) for site in SITES] if second_pass else [a.hidden, a.hidden]
         moments = sum(width**2 for width in widths) * 12 + (max(widths) ** 2 * 32 if second_pass else 0)
         batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
         blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
-        host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
+        # A table of a GGUF file is dequantized in float32, with copies.
+        host = max(blocks + batch + moments + record, weights * (2 * 2 + 4 * 4) + moments, table * 10)
         if learning[0]:
             model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
             step = learning[0] * (a.layers * a.hidden + 36 * a.hidden + 18 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 6
             host = max(host, model + step + weights * 4 * 14)  # factors by measurement: a block and its gradient
-    return Work(host + LIBRARIES, tokens[0] * a.hidden * itemsize)
+    return Work(host + LIBRARIES[torch.device(device).type], tokens[0] * a.hidden * itemsize)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import torch
 from rosaq.allocation import allocate
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rosaq.calibration import Calibration
-from rosaq.card import model_card
+from rosaq.card import CHANNELS, Pictures, model_card
+from rosaq.channel_picture import channel_picture
 from rosaq.checkpoint import check_published, finish_checkpoint, published_recipe, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
@@ -116,7 +117,7 @@ def _make(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], cali
     with run.clock("writing"):
         run.ranks.wait()
         if first:
-            _finish(work, results, run, report)
+            _finish(work, results, run, report, _pictures(job, statistics))
         run.ranks.wait()
     return report
 
@@ -146,6 +147,15 @@ def _allocation(run: Run, work: WorkFolder, job: Job, flow: Flow, statistics: St
             found = {"allocation": allocate(job, statistics, flow, run.progress)}
             work.note(ALLOCATION, found)
     return str(run.ranks.agree(found)["allocation"])
+
+
+def _pictures(job: Job, statistics: Statistics) -> Pictures:
+    """What the model card shows: the rotation's effect, where one PCA turns the residual stream and a picture can be drawn."""
+    if job.recipe.rotation != "global" or job.bases.residual is None:
+        return Pictures({})
+    salient = 0 if job.recipe.allocation else job.recipe.salient  # an allocation gives each site its own
+    drawn = channel_picture(statistics.residual_moment(), job.bases.residual, salient)
+    return Pictures({} if drawn is None else {CHANNELS: drawn})
 
 
 def _make_job(run: Run, work: WorkFolder, statistics: Statistics) -> Job:
@@ -202,11 +212,12 @@ def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str,
     return iter([{}] * (job.source.architecture.layers - flow.start))
 
 
-def _finish(work: WorkFolder, results: Results, run: Run, report: Report) -> None:
+def _finish(work: WorkFolder, results: Results, run: Run, report: Report, pictures: Pictures) -> None:
     source, plan = run.source, run.plan
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = plan.tied
     config.dtype = source.dtype
     config.quantization_config = quantization_config(plan, report.recipe, report.calibration)
-    companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
-    finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, {"README.md": model_card(source, report)}, companions)
+    companions = [part for part in (source.tokenizer, source.generation_config, pictures) if part is not None]
+    texts = {"README.md": model_card(source, report, pictures)}
+    finish_checkpoint(work, results.shards, config, {"report": report.lasting()}, texts, companions)

@@ -55,6 +55,7 @@ class Report:
         activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
         resumed_blocks: decoder blocks that an earlier run had rounded.
         learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
+        model: the original's hub id, or the last part of its local path.
     """
 
     recipe: dict[str, Any]
@@ -69,10 +70,11 @@ class Report:
     activations: str = ""
     resumed_blocks: int = 0
     learning: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
 
     def lasting(self) -> dict[str, Any]:
         """What is the same whenever and in how many goes the run is made: what the checkpoint says of it."""
-        names = ("recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
+        names = ("model", "recipe", "calibration", "device", "bits_per_weight", "checkpoint_bytes", "original_bytes")
         return {name: getattr(self, name) for name in (*names, *(["learning"] if self.learning else []))}
 
 
@@ -107,7 +109,8 @@ class Run:
         """The report of the run, with nothing but times and memory to be filled in."""
         sizes = (self.plan.bits_per_weight, self.plan.checkpoint_bytes, self.plan.original_bytes)
         kept = {key: value for key, value in settings.items() if key != "statistics"}
-        return Report(self.recipe.to_dict(), calibration_record(kept, windows), torch.device(self.device).type, *sizes, self.clock.seconds)
+        record, device = calibration_record(kept, windows), torch.device(self.device).type
+        return Report(self.recipe.to_dict(), record, device, *sizes, self.clock.seconds, model=self.source.public_name)
 
     def work(self, windows: torch.Tensor) -> Work:
         """Memory that a run over these windows takes; nothing but their shape is looked at."""

@@ -5,6 +5,7 @@ time; no pickle is ever loaded, and no code that comes with a model.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD, LINEARS, Architecture
 from rosaq.gguf_file import GgufTensors
+from rosaq.provenance import UNKNOWN, Provenance, of_folder, of_gguf
 from rosaq.safetensors_folder import SafetensorsFolder, read_json
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "LICENSE*", "README.md"]
 HUB_SECOND_COPIES = ["consolidated*", "original/*"]  # of the weights, as their publisher's own code reads them
 READERS = 4  # threads that read the tensors of the next block
 
@@ -40,6 +42,7 @@ class Source:
         generation_config: transformers' defaults for generation, or None.
         files: that the tensors are read from.
         half: the model itself is in float16 or bfloat16.
+        origin: what the model says of its license and its place on the hub.
     """
 
     name: str
@@ -51,6 +54,12 @@ class Source:
     generation_config: GenerationConfig | None = field(repr=False, default=None)
     files: tuple[Path, ...] = field(repr=False, default=())
     half: bool = False
+    origin: Provenance = field(repr=False, default=UNKNOWN)
+
+    @property
+    def public_name(self) -> str:
+        """What to call the model where others read it: its hub id, or the last part of a local path."""
+        return self.name if self.name == self.origin.hub_id else Path(os.path.abspath(Path(self.name).expanduser())).name
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU.
@@ -200,7 +209,7 @@ def open_source(model: str) -> Source:
         raise ValueError(f"{path}: a model is a folder, a .gguf file or a hub id")
     if not is_hub_id(model):
         raise ValueError(f"{model}: no such folder or file, and not a hub id of the form owner/name")
-    return _open_folder(_download(model, HUB_FILES), model)
+    return _open_folder(_download(model, HUB_FILES), model, model)
 
 
 def is_hub_id(model: str) -> bool:
@@ -241,7 +250,7 @@ def _read_config(folder: Path, name: str) -> Any:
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
 
 
-def _open_folder(folder: Path, name: str) -> Source:
+def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
     config = _read_config(folder, name)
     architecture = Architecture.of(config, name)
     tensors = SafetensorsFolder(folder)
@@ -252,7 +261,8 @@ def _open_folder(folder: Path, name: str) -> Source:
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
     except Exception as error:
         raise ValueError(f"{folder / 'generation_config.json'}: transformers cannot read it: {_first_line(error)}") from error
-    return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation, tuple(tensors.files), _stored(dtype) == dtype)
+    files, half, origin = tuple(tensors.files), _stored(dtype) == dtype, of_folder(folder, hub_id)
+    return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation, files, half, origin)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -271,7 +281,8 @@ def _open_gguf(path: Path) -> Source:
     architecture = Architecture.of(config, str(path))
     config.architectures = [architecture.family.causal_lm]
     tensors = GgufTensors(path, architecture.heads, architecture.kv_heads)
-    return Source(str(path), config, architecture, tensors, torch.float16, tokenizer, GenerationConfig.from_model_config(config), (path,))
+    generation, origin = GenerationConfig.from_model_config(config), of_gguf(tensors.fields)
+    return Source(str(path), config, architecture, tensors, torch.float16, tokenizer, generation, (path,), origin=origin)
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

@@ -90,7 +90,7 @@ class WorkFolder:
             differing = _differences(known, self._identity)
             if differing:
                 raise ValueError(f"{self.path}: belongs to another run: {'; '.join(differing)}; give the same as before, or --force to start over")
-        for unfinished in self.path.glob(f"{UNFINISHED}*"):
+        for unfinished in (*self.path.glob(f"{UNFINISHED}*"), *self.checkpoint.glob(f"{UNFINISHED}*")):
             unfinished.unlink()
         if not state.exists() and not self.published:
             self.note("state", self._identity)

@@ -20,6 +20,7 @@ from rosaq_cli.generate import generate
 from rosaq_cli.inspect import inspect
 from rosaq_cli.quantize import quantize
 from rosaq_cli.recipes import recipes
+from rosaq_cli.report import report
 from rosaq_cli.screen import errors
 from rosaq_cli.serve import SETTINGS, serve
 from rosaq_cli.verify import verify
@@ -41,6 +42,7 @@ app.command(rich_help_panel=MEASURE, short_help="Check a checkpoint's hashes, sh
 app.command(rich_help_panel=MEASURE, short_help="Perplexity, divergence from the original, zero-shot tasks.")(evaluate)
 app.command(rich_help_panel=MEASURE, short_help="Several recipes on one model, in one table.")(compare)
 app.command(rich_help_panel=MEASURE, short_help="Activations before and after rotation, errors by layer.")(inspect)
+app.command(rich_help_panel=MEASURE, short_help="One HTML page of all that was measured.")(report)
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel=MEASURE, short_help="Time kernels, decoding, quantizing.")
 app.command(rich_help_panel=RUN, short_help="Continue a prompt.")(generate)
 app.command(rich_help_panel=RUN, short_help="Serve a checkpoint with vLLM over the OpenAI protocol.", context_settings=SETTINGS)(serve)

@@ -1,7 +1,6 @@
 """`rosaq benchmark`: measurements against peers in the same run."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ def benchmark() -> None:
 def kernels(
     peers: Annotated[bool, typer.Option(help="Also time cuBLAS and, where vLLM is installed, Marlin and Machete.")] = True,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON; the table goes to standard error.")] = False,
 ) -> None:
     """Time one linear layer on the GPU: microseconds, ratio to the best peer, share of the memory or arithmetic limit."""
@@ -35,8 +35,18 @@ def kernels(
         raise ValueError("rosaq benchmark kernels times GPU kernels, and PyTorch sees no CUDA GPU here")
     with contextlib.redirect_stdout(sys.stderr if json_output else sys.stdout):
         rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
+    result = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+    if output is not None:
+        write_result(output, result)
     if json_output:
-        show_json({"rows": rows})
+        show_json(result)
+
+
+def write_result(output: Path, result: dict[str, Any]) -> None:
+    """Write a benchmark's figures as JSON, for `rosaq report`."""
+    from rosaq.comparison.results import write_json
+
+    write_json(output, result)
 
 
 @app.command()
@@ -53,6 +63,7 @@ def quantize(
     warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Host memory to stay under, such as 8GiB.", show_default="what is free")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
@@ -73,6 +84,8 @@ def quantize(
         first = current_ranks().first
         with stage_bars(quiet or json_output or not first) as progress:
             figures = benchmark_quantize(case, folder, chosen, resolve_device(own_device), means, progress)
+    if first and output is not None:
+        write_result(output, figures)
     if first and json_output:
         show_json(figures)
     elif first:
@@ -134,7 +147,7 @@ def decode(
         if not quiet:
             errors.print(f"{timing.engine} {timing.weights}: {what}", markup=False, highlight=False, soft_wrap=True)
         if output is not None:  # after each case, so that a run that is stopped keeps what it has
-            output.write_text(json.dumps(so_far, indent=2) + "\n", encoding="utf-8")
+            write_result(output, so_far)
 
     result = benchmark_decoding(model, chosen, settings, engine, weights or ["fp16", "rosaq", *(["machete", "marlin"] if cuda else ["w4a16"])], told)
     if json_output:

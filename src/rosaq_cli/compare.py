@@ -38,7 +38,7 @@ def compare(
     devices: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or several by commas: one process each.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Type to evaluate in: auto (float32 on the CPU), float32, float16, bfloat16.")] = "auto",
     kl: Annotated[bool, typer.Option("--kl", help="Measure the divergence from the original, too.")] = False,
-    checkpoints: Annotated[str | None, typer.Option(help="Checkpoints of this model as further rows, by commas.", show_default=False)] = None,
+    checkpoints: Annotated[str | None, typer.Option(help="Checkpoints of this model as further rows, by commas.", show_default="none")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints, in OUTPUT/checkpoints.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print all cells as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars and no line for each cell.")] = False,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
 
 
-def show_plan(plan: "Forecast", as_json: bool) -> None:
+def show_plan(plan: "Forecast", as_json: bool = False) -> None:
     """JSON, or a table on standard output and a line on standard error for whatever will not fit."""
     if as_json:
         return show_json(plan.to_dict())

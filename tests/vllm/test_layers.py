@@ -160,19 +160,6 @@ def test_every_layer_of_every_rank(engine, checkpoint, play, case):
             assert torch.equal(sums["embedding"], model.model.embed_tokens(ids))
 
 
-def test_launches_overlap_unless_the_engine_was_told_otherwise(engine, checkpoint):
-    from vllm.config import get_current_vllm_config
-
-    config, options = vllm_config(checkpoint("int3")), get_current_vllm_config().compilation_config.inductor_compile_config
-    for given, wanted in (({}, True), ({"triton.enable_pdl": False}, False)):
-        options.pop("triton.enable_pdl", None)
-        options.update(given)
-        make("gate_up", config, False)
-        assert options["triton.enable_pdl"] is wanted
-        with torch._inductor.config.patch(options):  # a name that Inductor knows
-            assert torch._inductor.config.triton.enable_pdl is wanted
-
-
 def test_what_never_came_is_named(engine, checkpoint):
     folder = checkpoint("biased")
     config, tensors = vllm_config(folder), load_file(folder / "model.safetensors")

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rosaq.architecture import Architecture
 from rosaq.calibration import Calibration, windows_hash
+from rosaq.card import Pictures
 from rosaq.checkpoint_writer import CheckpointWriter
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
@@ -195,7 +196,7 @@ def _finish(writer: CheckpointWriter, checkpoint: Path, config: Any, manifest: d
     kept = {key: value for key, value in manifest.items() if key not in ("format_version", "files")}
     card = checkpoint / "README.md"
     text = (card.read_text(encoding="utf-8") if card.is_file() else "") + _card_section(report)
-    companions = [part for part in (source.tokenizer, source.generation_config) if part is not None]
+    companions = [part for part in (source.tokenizer, source.generation_config, Pictures.of(checkpoint)) if part is not None]
     writer.finish(config, {**kept, RECORD: asdict(report)}, {"README.md": text}, companions)
 
 

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rosaq.architecture import BLOCKS, HEAD
+from rosaq.card import CHANNELS
 from rosaq.checkpoint import MANIFEST, is_checkpoint, verify
 from rosaq.checkpoint_writer import CheckpointWriter
 from rosaq.clock import Progress, no_progress
@@ -33,7 +34,7 @@ from rosaq.packing import pack, pack_zeros, unpack, unpack_zeros
 
 FORMATS = ("dense", "compressed-tensors")
 GROUPS = (32, 64, 128)  # what engines' W4A16 kernels take
-_REWRITTEN = ("config.json", MANIFEST, "README.md", "model.safetensors.index.json")
+_REWRITTEN = ("config.json", MANIFEST, "README.md", CHANNELS, "model.safetensors.index.json")
 
 
 def export(checkpoint: str | Path, output: str | Path, form: str = "dense", dtype: str = "float16", progress: Progress = no_progress) -> None:

@@ -1,15 +1,19 @@
 """The command that serves a checkpoint with vLLM: vLLM's own, with defaults that fit the checkpoint."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoConfig
 
 from rosaq.checkpoint import is_checkpoint, verify
+from rosaq.memory import available_bytes
 
+CPU_SHARE = 0.5  # of the free memory, for weights and KV cache; vLLM takes 0.92 of all there is, and stops where that is not free
 CONTEXT = 8192  # tokens; longer contexts are asked for, since the KV cache must hold one
 
 
@@ -19,7 +23,7 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
     Args:
         checkpoint: folder.
         options: vLLM's, passed on as they are; where they do not say, the type is the checkpoint's (bfloat16 on the CPU), the context the model's
-            up to 8192 tokens, and the model is served under its folder's name.
+            up to 8192 tokens, the model is served under its folder's name, and on the CPU it takes half of the free memory.
 
     Raises:
         ValueError: vLLM is not installed, or the folder is no rosaq checkpoint.
@@ -37,6 +41,8 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
         "--served-model-name": folder.resolve().name,
     }
     given = {option.partition("=")[0].replace("_", "-") for option in options}
+    if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--kv-cache-memory-bytes" not in given:
+        defaults["--gpu-memory-utilization"] = f"{CPU_SHARE * available_bytes() / psutil.virtual_memory().total:.2f}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     for name, value in defaults.items():
         if name not in given:

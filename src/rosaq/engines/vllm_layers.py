@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch._inductor import config as inductor_config
 from torch.nn import Parameter
 from transformers import AutoConfig
 from vllm.config import get_current_vllm_config
@@ -158,9 +157,7 @@ class RosaqLinearMethod(LinearMethodBase):
             outputs = _outputs(layer, total, rows)
             shards.append(Shard(module, form, outputs, rows, layer.tp_rank if parts > 1 else 0, parts))
         layer.rosaq_shards, layer.rosaq_dtype = shards, params_dtype
-        config = get_current_vllm_config()
-        _overlap_launches(config.compilation_config.inductor_compile_config)
-        layer.rosaq_dummy = config.load_config.load_format == "dummy"
+        layer.rosaq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         layer.rosaq_biased = set(range(len(shards))) if layer.rosaq_dummy else set()
         for name, (_, dtype) in shards[0].stored.tensors().items():
             parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -240,15 +237,6 @@ def _rosaq_linear_fake(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torc
 def _show_device(layer: Any, device: torch.device) -> None:
     """Give a table the `weight` that vLLM's adapters ask for its device and type, and for nothing else."""
     layer.weight = Parameter(torch.zeros(1, dtype=layer.rosaq_dtype, device=device), requires_grad=False)
-
-
-def _overlap_launches(options: dict[str, Any]) -> None:
-    """Have Inductor's kernels announce their end early (programmatic dependent launch), unless the engine was told otherwise.
-
-    rosaq's CUDA kernels then fetch weights while a norm or an activation in front of them is still being computed.
-    """
-    if hasattr(inductor_config.triton, "enable_pdl"):
-        options.setdefault("triton.enable_pdl", True)
 
 
 def _added_bias(layer: Any) -> torch.Tensor | None:
