@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from conftest import random_model, tokenizer
-from rosaq import Calibration, load_recipe, measure, open_source
+from rosaq import Calibration, load_recipe, measure, open_source, quantize
 from rosaq.architecture import LINEARS, SITES
 from rosaq.basis import Bases, prepare_block, residual_basis
 from rosaq.calibration import read_documents, token_windows, windows_hash
-from rosaq.moments import collect_moments
+from rosaq.moments import Flow, collect_moments
 from rosaq.plan import make_plan
 from rosaq.skeleton import full_model
 
@@ -94,6 +94,23 @@ def test_sliding_windows_are_the_models_own(tmp_path):
 def test_token_ids_outside_the_vocabulary_are_refused(saved):
     with pytest.raises(ValueError, match="calibration token 97 is not in the vocabulary of 97"):
         measure(open_source(str(saved("llama"))), torch.full((1, 8), 97), "cpu")
+
+
+def test_the_first_token_of_a_window_counts_as_often_as_said(saved, tmp_path):
+    source = open_source(str(saved("llama")))
+    windows = torch.arange(160).remainder(90).view(5, 32)
+    plain, weighted = (list(collect_moments(source, windows, "cpu", torch.float32, Flow(sink_weight=count))) for count in (1, 9))
+    first = list(collect_moments(source, windows[:, :1], "cpu", torch.float32))  # the first token sees no other
+    for a, b, alone in zip(plain, weighted, first, strict=True):
+        for site in SITES:
+            assert torch.allclose(b[site], a[site] + 8 * alone[site] / 32, rtol=1e-4, atol=1e-6)
+    statistics, heads = measure(source, windows, "cpu"), []
+    statistics.hold = True
+    for name, count in (("a", 1), ("b", 9), ("c", 1)):  # what is held for one weight is not taken for another
+        recipe = load_recipe("gptq").replace(group_size=16, bits=3, sink_weight=count)
+        quantize(source, tmp_path / name, recipe, statistics, "cpu")
+        heads.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert heads[0] == heads[2] != heads[1]
 
 
 def test_whole_moments_turn_with_the_block(family, saved):

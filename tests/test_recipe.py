@@ -34,6 +34,8 @@ def test_shipped_recipes_load_and_describe_themselves():
         (dict(rotation="per-layer", scaling="awq"), "a rotation at run time keeps from it"),
         (dict(head_rotation="concatenated", scaling="awq"), "a rotation at run time keeps from it"),
         (dict(act_order=True), "it needs rounding 'gptq'"),
+        (dict(sink_weight=0, rounding="gptq"), "sink_weight is 0; it must be 1 or more"),
+        (dict(sink_weight=16), "sink_weight is 16; it needs rounding 'gptq'"),
         (dict(act_order=1), "act_order is 1; it must be of type bool"),
         (dict(seed=-1), "seed is -1; it must be 0 or more"),
         (dict(selection="magnitude"), "selection by magnitude is made in the model's own basis"),

@@ -34,6 +34,7 @@ class Flow:
         place: where the activations are kept, "device", "host" or "disk".
         folder: for "disk".
         clock: takes the times of "reading" (waiting for a block's weights) and of whoever iterates.
+        sink_weight: how many times each window's first token counts in whole second moments; see `Recipe`.
     """
 
     start: int = 0
@@ -41,6 +42,7 @@ class Flow:
     place: str = "host"
     folder: Path | None = None
     clock: Clock = field(default_factory=Clock)
+    sink_weight: int = 1
 
 
 @dataclass
@@ -130,12 +132,14 @@ class _SiteSums:
 class _MomentSum:
     """Sum over batches of one site's whole second moment."""
 
-    def __init__(self, site: str, a: Architecture, windows: torch.Size, device: str) -> None:
-        self.tokens = windows.numel()
+    def __init__(self, site: str, a: Architecture, windows: torch.Size, device: str, sink_weight: int) -> None:
+        self.tokens, self.window, self.again = windows.numel(), windows[1], sink_weight - 1
         self.second = torch.zeros(a.width(site), a.width(site), dtype=torch.float64, device=device)
 
     def add(self, x_TK: torch.Tensor) -> None:
         self.second += second_moment(x_TK)
+        if self.again:  # a batch is whole windows
+            self.second += self.again * second_moment(x_TK[:: self.window].contiguous())
 
     def share(self, ranks: Ranks, dtype: torch.dtype) -> None:
         ranks.add(self.second)
@@ -197,11 +201,12 @@ def collect_moments(
 
     The same pass as `collect`, for rounding that looks at all pairs of channels; only one block's are held at a time.
     """
+    flow = flow or Flow()
 
     def make(_: int, site: str, first: int) -> _MomentSum:
-        return _MomentSum(site, source.architecture, windows.shape, device)
+        return _MomentSum(site, source.architecture, windows.shape, device, flow.sink_weight)
 
-    for _, moments in run_blocks(source, windows, device, dtype, make, flow or Flow()):
+    for _, moments in run_blocks(source, windows, device, dtype, make, flow):
         if moments is not None:
             yield moments
         del moments  # so that they are not held while the next block runs

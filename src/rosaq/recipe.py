@@ -90,6 +90,8 @@ class Recipe:
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
         act_order: GPTQ rounds the channels of largest second moment first. The groups stay consecutive channels, with
             grids fitted beforehand, so nothing changes at run time.
+        sink_weight: how many times the first token of each calibration window counts in the moments that GPTQ and AWQ's searches look
+            at, of the inputs of all sites. All later tokens attend to it (an attention sink), so its errors cost more than another's.
         down_rotation: "hadamard": W_down's input is multiplied by a Hadamard matrix at run time (R4 of QuaRot and
             SpinQuant), and W_down by its inverse: a few small products per token, up to 4 % of a block's.
         learning_steps: of Cayley SGD, where the rotation is "learned", else 0; SpinQuant takes 100.
@@ -123,6 +125,7 @@ class Recipe:
     rounding: str = "nearest"
     embedding_bits: str = "auto"
     act_order: bool = False
+    sink_weight: int = 1
     down_rotation: str = "none"
     learning_steps: int = 0
     learning_rate: float = 0.0
@@ -142,6 +145,8 @@ class Recipe:
         for name in ("salient", "salient_per_head", "salient_down", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
+        if self.sink_weight < 1:
+            raise ValueError(f"recipe {self.name!r}: sink_weight is {self.sink_weight}; it must be 1 or more")
         if self.group_size < 16 or self.group_size % 16:
             raise ValueError(f"recipe {self.name!r}: group_size is {self.group_size}; it must be a multiple of 16, such as 32, 64 or 128")
         self._refuse_contradictions()
@@ -212,6 +217,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: scaling 'awq' is absorbed by norms and W_V, which a rotation at run time keeps from it")
         if self.act_order and self.rounding != "gptq":
             raise ValueError(f"recipe {self.name!r}: act_order is an order of GPTQ's rounding; it needs rounding 'gptq'")
+        if self.sink_weight > 1 and not self.needs_moments:
+            raise ValueError(f"recipe {self.name!r}: sink_weight is {self.sink_weight}; it needs rounding 'gptq', or scaling or clipping 'awq'")
 
     @property
     def needs_moments(self) -> bool:

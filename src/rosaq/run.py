@@ -124,7 +124,7 @@ class Run:
     def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
         """How passes over these windows are run, by the memory there is."""
         place = place_activations(self.work(windows), self.device, means.max_memory, means.max_device_memory)
-        return Flow(0, self.ranks, place, folder, self.clock)
+        return Flow(0, self.ranks, place, folder, self.clock, self.recipe.sink_weight)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""

@@ -13,6 +13,7 @@ from rosaq.checkpoint import verify
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
+from rosaq.moments import Flow
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
 from rosaq.safetensors_folder import SafetensorsFolder
@@ -104,7 +105,7 @@ def checkpoint_errors(
 def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, every: int = 1) -> list[LayerError]:
     found, needed = [], job.recipe.needs_moments
     # A recipe that searches by the moments must see the very ones that it was quantized by.
-    passes = statistics.second_moments(job.source, job.device) if needed else itertools.repeat({})
+    passes = statistics.second_moments(job.source, job.device, Flow(sink_weight=job.recipe.sink_weight)) if needed else itertools.repeat({})
     for index, (sites, given) in enumerate(zip(observed, passes, strict=False)):
         if index % every:
             continue
