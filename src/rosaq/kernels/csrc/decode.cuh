@@ -3,7 +3,7 @@
 // A CTA owns R = `row_warps` * TILES row tiles and, in a cluster of `splits` CTAs, one stretch of their items; its warps are
 // row_warps x k_warps, each with TILES tiles and a stretch of the CTA's items. A warp copies DEPTH items per tile ahead (cp.async) into its own
 // ring in shared memory and needs no other warp until the sums are added up, but for x: the row_warps warps that meet the same channels bring
-// them together, in CHUNKS chunks, and wait for each chunk only when they get there. Weights are fetched before the previous kernel of the
+// them together, in one or four chunks, and wait for each chunk only when they get there. Weights are fetched before the previous kernel of the
 // stream has finished; x, which that kernel may be writing, is read after.
 //
 // x lies in shared memory as [run][token][64 bytes], its 16-byte pieces exchanged as in the 64-byte swizzle, so ldmatrix has no conflicts.
@@ -52,7 +52,8 @@ struct DecodeShape {
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
 __host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
 
-constexpr int CHUNKS = 4;       // of a warp's stretch of x: it waits for one after the other
+// Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
+__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 4; }
 constexpr int MOST_WARPS = 24;  // of a CTA
 
 // Runs [first, first + count) of x, all tokens, to shared memory, by the warps that read them; channels that do not exist read as zero.
@@ -117,7 +118,7 @@ template <int TOKEN_TILES, int TILES>
 __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? 384 : 512, TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
     decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
            const __grid_constant__ DecodeShape shape) {
-    constexpr int DEPTH = depth_of(TILES), RING_BYTES = DEPTH * TILES * SLOT_BYTES;
+    constexpr int CHUNKS = chunks_of(TOKEN_TILES), DEPTH = depth_of(TILES), RING_BYTES = DEPTH * TILES * SLOT_BYTES;
     extern __shared__ __align__(1024) uint8_t shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row_warp = warp % shape.row_warps, k_warp = warp / shape.row_warps;
