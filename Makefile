@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm lint types setup clean
+.PHONY: demo vllm test test-vllm lint types docs setup clean
 
 # PyTorch comes first and by itself, so that nothing asks for another build of it.
 $(VENV)/torch.done:
@@ -33,6 +33,10 @@ lint: $(VENV)/dev.done
 types: $(VENV)/dev.done
 	$(VENV)/bin/mypy
 
+# The site, into site/; a warning is an error. `make test` builds it too, in tests/test_docs.py.
+docs: $(VENV)/dev.done
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 test: lint types
 	$(VENV)/bin/python -m pytest
 
@@ -41,8 +45,10 @@ test: lint types
 	PYTHON=$(PYTHON) scripts/vllm_cpu_env.sh .venv-vllm
 	touch $@
 
+vllm: .venv-vllm/done
+
 test-vllm: .venv-vllm/done $(VENV)/demo.done
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
 clean:
-	rm -rf $(VENV) .venv-vllm build dist
+	rm -rf $(VENV) .venv-vllm build dist site

@@ -20,7 +20,7 @@ from rosaq.evaluation.perplexity import divergence
 from rosaq.skeleton import full_model
 from rosaq_cli.screen import errors, results, show_table, stage_bars
 
-RECIPES = ("rtn", "mixed", "rosaq-int4")
+RECIPES = ("rtn", "mixed", "rosaq-nearest")
 SIZES = {"group_size": 64, "salient": 64, "salient_per_head": 16}  # for a model 576 channels wide with heads of 64
 PROMPT = "The three most important inventions of the last century are"
 HELD_OUT = 8  # windows

@@ -62,7 +62,7 @@ class Study:
     def see(self, calibration):
         """Statistics and observation of a text."""
         found = rosaq.measure(self.source, calibration, self.device)
-        return found, observe(self.source, found, self.device, no_progress)
+        return found, list(observe(self.source, found, self.device, no_progress))
 
     def errors(self, method, source=None, statistics=None, observed=None, **sizes):
         """Errors of each layer."""

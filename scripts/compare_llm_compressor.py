@@ -1,7 +1,7 @@
-"""Our RTN, GPTQ and AWQ beside llm-compressor's: same model, calibration tokens, grid and evaluation windows.
+"""Our RTN, GPTQ and AWQ beside llm-compressor's, and auto-round's: same model, calibration tokens, grid and evaluation windows.
 
 Usage: python scripts/compare_llm_compressor.py MODEL CALIBRATION_FILE DATA [--samples 32] [--seq-len 512] [--every 12]
-       [--bits 4] [--only NAME ...] [--device cuda]
+       [--bits 4 3] [--only NAME ...] [--device cuda] [--steps 200]
 
 It needs llm-compressor 0.14 in an environment of its own, with rosaq on PYTHONPATH:
 
@@ -10,8 +10,9 @@ It needs llm-compressor 0.14 in an environment of its own, with rosaq on PYTHONP
     DIR/bin/pip install --no-deps llmcompressor==0.14.0 compressed-tensors==0.19.0 auto-round==0.15.1
     PYTHONPATH=src DIR/bin/python scripts/compare_llm_compressor.py ...
 
-First, in seconds, GPTQ's codes for one layer of random weights with correlated inputs; then, row after row, perplexity in
-float32 over every twelfth window of WikiText-2. `--only` with a name that no row has prints the codes alone.
+First, in seconds, GPTQ's codes for one layer of random weights with correlated inputs, and every row on a small random
+Llama; then, row after row, perplexity in float32 over every twelfth window of WikiText-2. `--only` leaves out the first two.
+All rows but AWQ's clipped ones and auto-round's have min-max grids; every row spends the same bits per weight.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from auto_round import AutoRound
+from compressed_tensors.offload import remove_dispatch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -73,9 +76,22 @@ def theirs(dense: Path, windows: torch.Tensor, bits: int, kind: str, propagate: 
     }[kind]()
     rows = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    more = {} if kind == "rtn" else dict(dataset=rows, num_calibration_samples=len(rows), max_seq_length=windows.shape[1], pipeline="sequential")
-    oneshot(model=model, recipe=recipe, propagate_error=propagate, shuffle_calibration_samples=False, **more)
-    return model
+    text = dict(dataset=rows, num_calibration_samples=len(rows), max_seq_length=windows.shape[1], batch_size=8, shuffle_calibration_samples=False)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    more = {} if kind == "rtn" else dict(text, pipeline="sequential", propagate_error=propagate, sequential_offload_device=place)
+    oneshot(model=model, recipe=recipe, **more)
+    return remove_dispatch(model)
+
+
+def auto_round(dense: Path, source: rosaq.Source, windows: torch.Tensor, bits: int, steps: int) -> Any:
+    """The model as auto-round (SignRound, arXiv:2309.05516) leaves it by its defaults: rounding and ranges learned block by block."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    form = {"bits": bits, "group_size": GROUP, "sym": False, "data_type": "int"}
+    rounder = AutoRound(
+        model, source.tokenizer, scheme=form, iters=steps, dataset=list(windows.split(8)), nsamples=len(windows), seqlen=windows.shape[1],
+        device_map="cuda" if torch.cuda.is_available() else "cpu", enable_torch_compile=False,
+    )  # fmt: skip
+    return rounder.quantize()[0].float()
 
 
 def ours(source: rosaq.Source, statistics: rosaq.Statistics, device: str, name: str, **changes: Any) -> Any:
@@ -83,7 +99,7 @@ def ours(source: rosaq.Source, statistics: rosaq.Statistics, device: str, name: 
     recipe = rosaq.load_recipe(name).replace(group_size=GROUP, **changes)
     with tempfile.TemporaryDirectory() as folder:
         rosaq.quantize(source, Path(folder) / "out", recipe, statistics, device)
-        return load_model(str(Path(folder) / "out"), device, "float32")[0]
+        return load_model(str(Path(folder) / "out"), device, "float32", weights="dense")[0]
 
 
 def compare_codes() -> None:
@@ -111,12 +127,17 @@ def compare_codes() -> None:
         print(f"one layer, {name}: loss {loss(mine - weight):.0f}, llm-compressor {loss(other - weight):.0f}, equal weights {equal:.2%}", flush=True)
 
 
-def all_rows(source: rosaq.Source, windows: torch.Tensor, bits: int, device: str) -> dict[str, Make]:
-    """What makes each row's model, by its name."""
-    statistics = rosaq.measure(source, windows, device)
-    dense = Path(tempfile.mkdtemp())
+def save_dense(source: rosaq.Source) -> Path:
+    """A folder with the model in float32, which the others read."""
+    folder = Path(tempfile.mkdtemp())
     for part in (full_model(source, torch.float32), source.tokenizer):
-        part.save_pretrained(dense)
+        part.save_pretrained(folder)
+    return folder
+
+
+def all_rows(source: rosaq.Source, dense: Path, statistics: rosaq.Statistics, bits: int, device: str, steps: int) -> dict[str, Make]:
+    """What makes each row's model, by its name."""
+    windows = statistics.windows
     return {
         "original": lambda: full_model(source, torch.float32),
         "rtn, rosaq": lambda: ours(source, statistics, device, "rtn", bits=bits),
@@ -128,13 +149,14 @@ def all_rows(source: rosaq.Source, windows: torch.Tensor, bits: int, device: str
         "gptq-act-order, llm-compressor": lambda: theirs(dense, windows, bits, "gptq", actorder="static"),
         "awq without clipping, rosaq": lambda: ours(source, statistics, device, "awq", bits=bits, clipping="none"),
         "awq, rosaq": lambda: ours(source, statistics, device, "awq", bits=bits),
-        "awq, llm-compressor, activations only": lambda: theirs(dense, windows, bits, "awq", duo_scaling=False),
         "awq, llm-compressor": lambda: theirs(dense, windows, bits, "awq"),
+        "awq, llm-compressor, activations only": lambda: theirs(dense, windows, bits, "awq", duo_scaling=False),
+        "auto-round": lambda: auto_round(dense, source, windows, bits, steps),
     }
 
 
 @torch.inference_mode()
-def compare_small(bits: int) -> None:
+def compare_small(bits: int, steps: int) -> None:
     """Every row on a small random Llama whose norms have a few channels twenty times as large: error of its logits."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -152,7 +174,8 @@ def compare_small(bits: int) -> None:
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
         windows, held_out = torch.randint(512, (24, 64)).split([16, 8])
         wanted = model(held_out).logits
-        for name, make in all_rows(rosaq.open_source(folder), windows, bits, "cpu").items():
+        source = rosaq.open_source(folder)
+        for name, make in all_rows(source, save_dense(source), rosaq.measure(source, windows, "cpu"), bits, "cpu", steps).items():
             error = (make()(held_out).logits - wanted).norm() / wanted.norm()
             print(f"small random Llama, {name:42} relative error of the logits {float(error):.4f}", flush=True)
 
@@ -166,27 +189,31 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--every", type=int, default=12, help="of the evaluation windows, each so-many-th")
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names")
+    parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")
+    parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names, at whose end stands a full stop")
     arguments = parser.parse_args()
     source = rosaq.open_source(arguments.model)
     held_out = text_windows(read_wikitext2(Path(arguments.data)), source.tokenizer)[:: arguments.every]
     logger.remove()
     if not torch.cuda.is_available():  # its AWQ pins memory, which PyTorch refuses without an accelerator
         IntermediatesCache.pin_memory = lambda *_, **__: None
-    compare_codes()
-    compare_small(arguments.bits)
-    calibration = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len)
-    windows = read_windows(source, calibration, "cpu")
-    rows = all_rows(source, windows, arguments.bits, arguments.device)
-    for name, make in rows.items():
-        if arguments.only and not any(name.startswith(beginning) for beginning in arguments.only):
-            continue
-        start = time.perf_counter()
-        model = make().to(arguments.device)
-        seconds = time.perf_counter() - start
-        print(f"{name:42} perplexity {perplexity(model, held_out, no_progress).perplexity:.3f}, made in {seconds:.0f} s", flush=True)
+    if not arguments.only:
+        compare_codes()
+        compare_small(arguments.bits[0], arguments.steps)
+    calibration, dense = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), save_dense(source)
+    statistics = rosaq.measure(source, read_windows(source, calibration, "cpu"), arguments.device)
+    for bits in arguments.bits:
+        for name, make in all_rows(source, dense, statistics, bits, arguments.device, arguments.steps).items():
+            if arguments.only and not any(f"{name}.".startswith(beginning) for beginning in arguments.only):
+                continue
+            start = time.perf_counter()
+            model = make().to(arguments.device)
+            seconds = time.perf_counter() - start
+            value = perplexity(model, held_out, no_progress).perplexity
+            print(f"INT{bits} {name:42} perplexity {value:.3f}, made in {seconds:.0f} s", flush=True)
+            del model
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def prepared_blocks(source, recipe, dtype=torch.float64):
     """The basis of the residual stream, all blocks in the recipe's basis, and the moments that they were made from."""
     statistics = measure(source, WINDOWS, "cpu")
     moments = list(collect_moments(source, WINDOWS, "cpu", torch.float32))
-    layouts = make_plan(recipe, source.architecture).linears
+    layouts = make_plan(recipe, source.architecture).blocks[0]
     residual, heads = draw_bases(recipe, source.architecture)
     basis = residual_basis(statistics.residual_moment(), recipe) if recipe.rotation == "global" else residual
     blocks = []
@@ -88,7 +88,7 @@ def energy(name, saved, site, seed=0):
     """Share of a site's energy in its salient channels, the mean over blocks."""
     source = open_source(str(saved("llama")))
     recipe = small(name).replace(seed=seed)
-    layout = make_plan(recipe, source.architecture).linears[{"attn_in": "q", "attn_out": "o"}[site]]
+    layout = make_plan(recipe, source.architecture).blocks[0][{"attn_in": "q", "attn_out": "o"}[site]]
     _, blocks, moments = prepared_blocks(source, recipe)
     shares = []
     for prepared, moment in zip(blocks, moments, strict=True):
@@ -111,3 +111,19 @@ def test_head_bases_hold_the_energy_in_order(saved):
     names = ("rosaq-heads-concatenated", "rosaq-paper", "rosaq-heads-shared", "rosaq-heads-none")
     concatenated, head_wise, shared, none = (energy(name, saved, "attn_out") for name in names)
     assert concatenated > head_wise > max(shared, none)
+
+
+def test_w_down_with_its_salient_channels_first_is_exact(saved):
+    """Gate and up absorb the order."""
+    source, recipe = open_source(str(saved("llama", intermediate_size=96))), small("rosaq-int4").replace(salient_down=32)
+    x = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis, blocks, _ = prepared_blocks(source, recipe)
+    for index, prepared in enumerate(blocks):
+        gain, original = source.block(index)["post_attention_layernorm.weight"].double(), source.block(index)
+
+        def feed_forward(x, block, part="mlp."):
+            gate, up, down = (block[f"{part}{name}_proj.weight"].double() for name in ("gate", "up", "down"))
+            return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        assert prepared.down_order.sort().values.tolist() == list(range(96)) and prepared.down_order.tolist() != list(range(96))
+        torch.testing.assert_close(feed_forward(x @ basis, prepared.block), feed_forward(x * gain, original) @ basis)

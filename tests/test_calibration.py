@@ -33,6 +33,23 @@ def test_text_formats(tmp_path):
     assert read_documents(str(tmp_path / "a.jsonl")) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": 2}\n', "a.jsonl, line 2: no field 'text'"),
+        ("a.json", b"[", "a.json: not valid JSON"),
+        ("a.json", b'{"text": "one"}', "a.json: holds a JSON dict, not a list"),
+        ("a.json", b'["one", {"body": "two"}]', "a.json, entry 2: no field 'text'"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents(str(tmp_path / name))
+
+
 def test_inputs_are_the_models_own(family, saved):
     """Moments against hooks on the whole model; the residual sites divided by the norm's weight."""
     source = open_source(str(saved(family)))
@@ -85,7 +102,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
     windows = torch.arange(160).remainder(90).view(5, 32)
     statistics = measure(source, windows, "cpu")
     moments = list(collect_moments(source, windows, "cpu", torch.float32))
-    for name in ("rosaq-gptq-int4", "mixed", "rosaq-paper-per-layer"):
+    for name in ("rosaq-int4", "mixed", "rosaq-paper-per-layer"):
         recipe = load_recipe(name)
         recipe = recipe.replace(group_size=16, salient=16, salient_per_head=4, salient_down=16 if recipe.salient_down else 0)
         plan = make_plan(recipe, source.architecture)
@@ -95,7 +112,7 @@ def test_whole_moments_turn_with_the_block(family, saved):
             model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight @ basis.float())
         seen, prepared = {}, []
         for index, layer in enumerate(model.model.layers):
-            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears))
+            prepared.append(prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.blocks[0]))
             layer.load_state_dict(prepared[-1].block)
             for norm, rotation in prepared[-1].rotations.items():
                 layer.get_submodule(norm).register_forward_hook(lambda _, x, y, rotation=rotation: y @ rotation.float())

@@ -75,6 +75,16 @@ def test_an_output_that_is_not_empty_is_refused_before_any_work(tmp_path):
         check_destination(tmp_path / "out" / "precious")
 
 
+def test_an_output_that_nothing_can_be_renamed_to_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"link: output is a symbolic link, not a folder; name the folder itself"):
+        check_destination(tmp_path / "link")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"folder: output is a mount point; name a folder inside it"):
+        check_destination(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("shard_bytes", [40, 10**9])
 def test_shards_are_what_the_library_would_write(tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr("rosaq.shard_files.SHARD_BYTES", shard_bytes)

@@ -11,7 +11,22 @@ from safetensors.torch import load, save_file
 
 from conftest import random_model, tokenizer
 
-SIZES = ["--samples", "2", "--seq-len", "32", "--salient", "16", "--salient-per-head", "4", "--group-size", "16", "--device", "cpu"]
+SIZES = [
+    "--samples",
+    "2",
+    "--seq-len",
+    "32",
+    "--salient",
+    "16",
+    "--salient-per-head",
+    "4",
+    "--salient-down",
+    "16",
+    "--group-size",
+    "16",
+    "--device",
+    "cpu",
+]
 
 
 def rosaq(*arguments):
@@ -69,7 +84,7 @@ def test_distill(cli, saved, text_file, tmp_path):
         return cli("distill", packed, "--model", original, "-o", out, "--calibration", text_file, "--seq-len", 32, "--device", "cpu", *options)
 
     refused(distill("--samples", 4), "samples is 4; distillation takes 8 windows a step")
-    refused(distill("--learning-rates", "1e-3"), "--learning-rates is '1e-3'; it takes three numbers")
+    refused(distill("--learning-rates", "1e-3"), "--learning-rates is '1e-3'; it takes four numbers")
     code, shown, error = distill("--samples", 16, "--epochs", 2)
     assert code == 0 and "KL divergence" in shown and "4 steps" in shown, error
     assert "whole, format 1" in cli("verify", out)[1]
@@ -183,6 +198,7 @@ def test_bad_options(cli, saved, text_file, tmp_path):
     (tmp_path / "r.toml").write_text("name = \n")
     refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "not a TOML file")
     refused(quantize("--bits", 5), "bits is 5; allowed are (3, 4)")
+    refused(quantize("--target-bits", 1), "target_bits is 1", "this model can have 3.")
     refused(quantize("--salient", 48), "salient is 48", "allowed are 0 to 47")
     refused(quantize("--salient-per-head", 16), "salient_per_head is 16", "allowed are 0 to 15")
     refused(quantize("--group-size", 20), "group_size is 20", "multiple of 16")
@@ -235,7 +251,7 @@ def test_serve_says_what_is_missing(cli, saved, tmp_path):
     from rosaq.engines.dummy import dummy_config, write_dummy
 
     refused(cli("serve", saved("llama"), "--port", "1"), "not the folder of a rosaq checkpoint", "vllm serve")
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16)
     write_dummy(dummy_config(shape_config(str(tmp_path / "llama-original")), recipe, torch.float16), tmp_path / "out")
     refused(cli("serve", tmp_path / "out", "--port", "1"), "vLLM is not installed in this environment", "pip install")
 
@@ -248,7 +264,7 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
 
     monkeypatch.setattr(serving, "vllm_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4)
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16)
     write_dummy(dummy_config(shape_config(str(saved("llama"))), recipe, torch.float16), tmp_path / "out")
     command = serving.serve_command(tmp_path / "out", ["--port", "1"])
     assert command[3:] == [

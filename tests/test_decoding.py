@@ -59,7 +59,7 @@ def test_a_shape_that_peers_cannot_run_is_said():
 
 def test_random_models_of_every_family_are_finite(family, saved):
     config = shape_config(str(saved(family)))
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
+    recipe = load_recipe("rosaq-nearest").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
     model = dummy_model(dummy_config(config, recipe, torch.float16), torch.bfloat16, "cpu")
     assert sum(isinstance(module, RosaqLinear) for module in model.modules()) == 15
     assert isinstance(model.model.embed_tokens, RosaqEmbedding)

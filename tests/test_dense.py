@@ -79,7 +79,7 @@ def test_a_rotation_after_a_norm_is_multiplied_in(checkpoint):
 
 
 def test_a_plain_model_can_be_saved_as_any_other(checkpoint, tmp_path):
-    packed = AutoModelForCausalLM.from_pretrained(checkpoint("rosaq-int4", "qwen2"), dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(checkpoint("rosaq-nearest", "qwen2"), dtype=torch.float32)
     dense_model(packed, torch.float16).save_pretrained(tmp_path / "plain")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert not is_packed(again) and relative(logits(again), logits(packed)) < 2e-3
@@ -97,7 +97,7 @@ def test_a_layer_that_transforms_its_input_is_refused(checkpoint):
 
 
 def test_loading(checkpoint):
-    folder = str(checkpoint("rosaq-int4", next(iter(FAMILIES))))
+    folder = str(checkpoint("rosaq-nearest", next(iter(FAMILIES))))
     packed, dense, auto = (load_model(folder, "cpu", "float32", weights=kind)[0] for kind in ("packed", "dense", "auto"))
     assert is_packed(packed) and not is_packed(dense) and not is_packed(auto)
     assert torch.equal(logits(dense), logits(auto)) and relative(logits(dense), logits(packed)) < 2e-6

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rosaq import Calibration, load_recipe, open_source, quantize
 from rosaq.distillation import Settings, distill
 from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
-from rosaq.distillation.training import kl_divergence, rate_factor
+from rosaq.distillation.training import HeadDivergence, _accumulate, head_weight, rate_factor
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
@@ -21,7 +21,7 @@ from rosaq.skeleton import full_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 DEFAULT = Settings()
-SMALL = dict(group_size=16, salient=16, salient_per_head=4)
+SMALL = dict(group_size=16, salient=16, salient_per_head=4, salient_down=16)
 LAYOUTS = {
     "int4, int8 salient, one block": LinearLayout(20, 72, 4, 16, salient=8, salient_bits=8),
     "int3, float16 salient, heads, ragged groups": LinearLayout(12, 96, 3, 16, blocks=4, salient=4),
@@ -44,14 +44,16 @@ def through(value, rounded):
     return value + (rounded - value).detach()
 
 
-def reference_product(x, packed, ratio, salient):
+def reference_product(x, packed, ratio, salient, codes):
     """The product by plain autograd, column by column of the stored form."""
     form, t = packed.layout, packed.tensors()
     columns, group = form.quantized_columns(), form.column_groups()
     differences = unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
     scales = ratio * t["scales"].double()
     weight = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
-    weight = weight.index_copy(1, columns, differences.double() * through(scales, scales.half().double())[:, group])
+    low = -unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group].double()
+    steps = differences.double() if codes is None else through(codes, torch.round(codes).clamp(low, low + 2**form.bits - 1))
+    weight = weight.index_copy(1, columns, steps * through(scales, scales.half().double())[:, group])
     if salient is not None and form.salient_bits == 8:
         step = t["salient_scales"].double()[:, None]
         salient = through(salient, torch.round(salient / step).clamp(-127, 127) * step)
@@ -63,30 +65,34 @@ def reference_product(x, packed, ratio, salient):
     return x @ weight.T + (t["bias"].double() if form.bias else 0)
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_are_those_of_autograd(name):
+def test_gradients_are_those_of_autograd(name, codes):
     source = packed(LAYOUTS[name])
-    layer = TrainableLinear(source, torch.float64).double()
+    layer = TrainableLinear(source, torch.float64, codes).double()
     with torch.no_grad():  # away from the start, where every rounding is exact
         for parameter in layer.parameters():
-            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+            parameter.mul_(1 + (0.3 if parameter is layer.codes else 0.05) * torch.randn_like(parameter))
     x = torch.randn(2, 5, source.in_features, dtype=torch.float64, requires_grad=True)
-    wanted_of = [x, *layer.parameters()]
-    copies = [tensor.detach().clone().requires_grad_() for tensor in wanted_of]
+    given = {"x": x, "ratio": layer.ratio, "salient": layer.salient, "codes": layer.codes}
+    copied = {key: None if tensor is None else tensor.detach().clone().requires_grad_() for key, tensor in given.items()}
+    wanted_of, copies = ([tensor for tensor in each.values() if tensor is not None] for each in (given, copied))
     y = layer(x)
-    wanted = reference_product(copies[0], source, copies[1], copies[2] if len(copies) > 2 else None)
+    wanted = reference_product(copied["x"], source, copied["ratio"], copied["salient"], copied["codes"])
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(y)
     for got, want in zip(torch.autograd.grad((y * weights).sum(), wanted_of), torch.autograd.grad((wanted * weights).sum(), copies), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_is_not_trained_is_stored_as_it_was(name):
+def test_what_is_not_trained_is_stored_as_it_was(name, codes):
     source = packed(LAYOUTS[name])
-    layer = TrainableLinear(source, torch.float32)
+    layer = TrainableLinear(source, torch.float32, codes)
     tensors = source.tensors()
-    assert torch.equal(layer.weight(layer.ratio, layer.salient, torch.float32), dequantize(source.layout, tensors))
+    assert torch.equal(layer.weight(torch.float32), dequantize(source.layout, tensors))
+    assert ("qweight" in layer.stored()) == codes
     assert all(torch.equal(tensor, tensors[part]) for part, tensor in layer.stored().items())
 
 
@@ -105,9 +111,19 @@ def test_group_sums():
     torch.testing.assert_close(group_sums(values, form), wanted)
 
 
-def test_the_divergence_is_kl():
-    p, q = torch.randn(5, 7).softmax(-1), torch.randn(5, 7).softmax(-1)
-    torch.testing.assert_close(kl_divergence(p.log(), q.log()), (p * (p / q).log()).sum(-1).mean())
+def test_the_divergence_is_kl(monkeypatch):
+    """And its gradient autograd's, however many tokens are taken at a time."""
+    torch.manual_seed(0)
+    found, wanted, head, teacher_head = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 4), (5, 4), (7, 4), (7, 4)))
+    copy = found.clone().requires_grad_()
+    p, log_q = (wanted @ teacher_head.T).softmax(-1), (copy @ head.T).log_softmax(-1)
+    kl = (p * (p.log() - log_q)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(3 * kl, copy)
+    for tokens in (1, 2, 5):
+        monkeypatch.setattr("rosaq.distillation.training.CHUNK_BYTES", 4 * 7 * tokens)
+        loss = HeadDivergence.apply(found.requires_grad_(), wanted, head, teacher_head)
+        torch.testing.assert_close(loss, kl)
+        torch.testing.assert_close(torch.autograd.grad(3 * loss, found)[0], gradient)
 
 
 def test_the_rate_rises_and_falls():
@@ -131,8 +147,8 @@ def made(saved, text_file, tmp_path):
 
 
 CASES = {
-    "heads, three bits": ("llama", "rosaq-gptq-int3", dict(salient_down=16), 0.8),
-    "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-int3", dict(embedding_bits="8"), 0.3),
+    "heads, three bits": ("llama", "rosaq-int3", {}, 0.8),
+    "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-nearest", dict(bits=3, embedding_bits="8"), 0.3),
     "ordered, tied table": ("llama-tied", "mixed", dict(bits=3), 0.2),
     "norms of heads, nothing salient": ("qwen3", "rtn", dict(bits=3), 0.1),
 }
@@ -144,7 +160,7 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
     """On windows held out, by the factor that the case names."""
     family, recipe, changes, factor = CASES[case]
     checkpoint, original = made(family, recipe, **changes)
-    settings = Settings(epochs=4, learning_rates=(1e-2, 1e-3, 1e-2))
+    settings = Settings(epochs=4, learning_rates=(1e-2, 1e-3, 1e-2, 0))
     report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
     assert len(report.losses) == 32
     assert report.after["kl_divergence"] < factor * report.before["kl_divergence"]
@@ -159,11 +175,22 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
         assert any(name.endswith(part) for name in changed) == any(name.endswith(part) for name in before)
 
 
+def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
+    """With only them trained, only they change, and the divergence on windows held out falls."""
+    checkpoint, original = made("llama", "rtn", bits=3)
+    settings = Settings(learning_rates=(0, 0, 0, 2e-1))
+    report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
+    assert report.after["kl_divergence"] < 0.6 * report.before["kl_divergence"]
+    verify_checkpoint(tmp_path / "out")
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"qweight"}
+
+
 def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     """The divergence of the loaded checkpoint is the one reported, and its logits are the student's."""
-    checkpoint, original = made("qwen2", "rosaq-int3", embedding_bits="8")
+    checkpoint, original = made("qwen2", "rosaq-nearest", bits=3, embedding_bits="8")
     text = Calibration(str(text_file), 8, 48)
-    report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2)), "cpu")
+    report = distill(checkpoint, original, tmp_path / "out", text, Settings(epochs=2, learning_rates=(1e-2, 1e-3, 1e-2, 0)), "cpu")
     loaded, student = (AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32) for _ in range(2))
     make_trainable(student, torch.float32)
     with torch.inference_mode():
@@ -180,7 +207,7 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "out"))
     record = new["quantization_config"]["calibration"].pop("distillation")
     assert new == old
-    assert record["held_out_kl_after"] == report.after["kl_divergence"] and record["settings"]["learning_rates"] == [1e-2, 1e-3, 1e-2]
+    assert record["held_out_kl_after"] == report.after["kl_divergence"] and record["settings"]["learning_rates"] == [1e-2, 1e-3, 1e-2, 0]
     manifest = json.loads((tmp_path / "out" / "rosaq.json").read_text())
     assert manifest["distillation"]["losses"] == report.losses and manifest["report"]
     assert "## Distilled" in (tmp_path / "out" / "README.md").read_text()
@@ -190,7 +217,7 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
 
 def test_blocks_are_run_again_in_the_backward_pass(made):
     """So that only their inputs are kept; lm_head, with its 8-bit table, runs once and takes no gradient of its own."""
-    checkpoint, _ = made("llama", "rosaq-int4", embedding_bits="8")
+    checkpoint, _ = made("llama", "rosaq-nearest", embedding_bits="8")
     student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     make_trainable(student, torch.float32)
     calls: dict[str, int] = {}
@@ -203,8 +230,25 @@ def test_blocks_are_run_again_in_the_backward_pass(made):
     assert missing == [] and student.lm_head.ratio.grad is None
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_products_in_bfloat16(family, made):
+    """As on a GPU: with and without autocast, which lowers attention only in training."""
+    checkpoint, original = made(family, "rosaq-nearest", embedding_bits="8")
+    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    parameters = make_trainable(student, torch.bfloat16, codes=True)
+    teacher = full_model(open_source(original), torch.bfloat16)
+    with torch.inference_mode():
+        wanted, got = exact(IDS).logits, student(IDS).logits
+    assert got.dtype == torch.float32 and float((got - wanted).norm() / wanted.norm()) < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [_accumulate(student, teacher, (head_weight(student), head_weight(teacher)), IDS)]
+    assert 0 < losses[0] < 1
+    assert all(float(each.grad.norm()) > 0 and each.grad.dtype == torch.float32 for part in parameters.values() for each in part)
+
+
 def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
+    checkpoint, original = made("llama", "rosaq-nearest")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         distill(checkpoint, original, tmp_path / name, Calibration(str(text_file), 8, 48, seed), Settings(epochs=1), "cpu")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
@@ -213,15 +257,15 @@ def test_equal_seeds_give_equal_bytes(made, text_file, tmp_path):
 
 
 def test_a_rate_of_zero_leaves_a_part_alone(made, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
-    settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2))
+    checkpoint, original = made("llama", "rosaq-nearest")
+    settings = Settings(epochs=1, learning_rates=(0, 0, 1e-2, 0))
     distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 8, 48), settings, "cpu")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {name.rpartition(".")[0][-4:] for name in before if not torch.equal(before[name], after[name])} <= {"norm"}
 
 
 def test_refusals(made, saved, text_file, tmp_path):
-    checkpoint, original = made("llama", "rosaq-int4")
+    checkpoint, original = made("llama", "rosaq-nearest")
     text = Calibration(str(text_file), 8, 48)
 
     def refused(match, model=original, calibration=text, folder=checkpoint, settings=DEFAULT):
@@ -236,11 +280,11 @@ def test_refusals(made, saved, text_file, tmp_path):
     refused("not the folder of a rosaq checkpoint", folder=original)
     refused(
         "on held-out windows rose from .* lower the learning rates",
-        settings=Settings(learning_rates=(0.99, 0.99, 0.99)),
+        settings=Settings(learning_rates=(0.99, 0.99, 0.99, 0)),
         calibration=Calibration(str(text_file), 64, 48),
     )
     with pytest.raises(ValueError, match="learning rates are"):
-        Settings(learning_rates=(0, 0, 0))
+        Settings(learning_rates=(0, 0, 0, 0))
     with pytest.raises(ValueError, match="epochs is 0"):
         Settings(epochs=0)
     file = checkpoint / "model.safetensors"
@@ -249,7 +293,7 @@ def test_refusals(made, saved, text_file, tmp_path):
 
 
 def test_a_vocabulary_of_another_size_is_refused(made, saved, text_file, tmp_path):
-    checkpoint, _ = made("llama", "rosaq-int4")
+    checkpoint, _ = made("llama", "rosaq-nearest")
     with pytest.raises(ValueError, match="vocabulary is 101, the checkpoint's is 97"):
         distill(checkpoint, str(saved("llama", vocab_size=101)), tmp_path / "out", Calibration(str(text_file), 8, 48), device="cpu")
 

@@ -11,14 +11,15 @@ from rosaq import Calibration, load_recipe, quantize
 from rosaq.engines.export import common_group, export
 from rosaq.engines.transformers import RosaqConfig
 from rosaq.kernels import reference
+from rosaq.shard_files import sha256
 from rosaq.skeleton import meta_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 RECIPES = {
-    "int8 salient": ("rosaq-int4", dict(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")),
+    "int8 salient": ("rosaq-nearest", dict(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")),
     "gather": ("mixed", dict(group_size=16, salient=16, salient_per_head=4)),
     "per layer": ("rosaq-paper-per-layer", dict(group_size=16, salient=16, salient_per_head=4)),
-    "int3": ("rosaq-int3", dict(group_size=32, salient=16, salient_per_head=3)),
+    "int3": ("rosaq-nearest", dict(bits=3, group_size=32, salient=16, salient_per_head=3)),
 }
 
 
@@ -47,6 +48,28 @@ def test_dense_is_the_same_model(made, family, tmp_path):
     assert difference(logits(tmp_path / "dense"), logits(packed)) < 1e-5
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("abc").input_ids == AutoTokenizer.from_pretrained(packed)("abc").input_ids
+
+
+def test_several_shards_hold_the_same_model(made, tmp_path, monkeypatch):
+    """Shards are cut where the next tensor would be too much, named as transformers looks for them, and indexed."""
+    packed = made("llama", RECIPES["int8 salient"])
+    export(packed, tmp_path / "one")
+    monkeypatch.setattr("rosaq.checkpoint_writer.SHARD_BYTES", 20_000)
+    export(packed, tmp_path / "several")
+    shards = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert len(shards) > 3 and [file.name for file in shards] == [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    parts, whole = [load_file(file) for file in shards], load_file(tmp_path / "one" / "model.safetensors")
+    for part in parts:
+        assert len(part) == 1 or sum(tensor.numel() * tensor.itemsize for tensor in part.values()) <= 20_000
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file, part in zip(shards, parts, strict=True) for name in part}
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * tensor.itemsize for tensor in whole.values())
+    joined = {name: tensor for part in parts for name, tensor in part.items()}
+    assert joined.keys() == whole.keys() and all(torch.equal(joined[name], whole[name]) for name in whole)
+    assert torch.equal(logits(tmp_path / "several"), logits(tmp_path / "one"))
+    written = json.loads((tmp_path / "several" / "rosaq.json").read_text())["files"]
+    assert written.keys() == {file.name for file in shards}
+    assert all((entry["bytes"], entry["sha256"]) == (file.stat().st_size, sha256(file)) for file, entry in zip(shards, written.values(), strict=True))
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

@@ -7,6 +7,7 @@ disk operation. Between two of these nothing changes on disk, so they are all th
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,22 @@ def test_destination_on_another_file_system(rosaq, model, whole, tmp_path):
         assert rosaq(*command(model, output))["codes"] == [0] and content(output) == whole["rosaq-paper"][0]
     finally:
         shutil.rmtree(output.parents[1])
+
+
+@pytest.mark.parametrize("recipe", range(4))
+def test_the_bound_on_memory_is_kept(rosaq, tmp_path_factory, model, whole, recipe):
+    """What it says it needs at least is enough, and the operating system counts no more."""
+    name, folder = list(whole)[recipe], tmp_path_factory.mktemp("bound")
+    large = folder / "model"
+    random_model("llama", num_hidden_layers=3, hidden_size=256, intermediate_size=704, vocab_size=2000, head_dim=64).save_pretrained(large)
+    for file in (*model.glob("tokenizer*"), model / "text.jsonl"):
+        shutil.copy(file, large)
+    refused = rosaq(*command(large, folder / "out", "--max-memory", "1MiB", recipe=name))
+    ended(refused, "max-memory is 0.00 GiB", "even with its activations on disk")
+    least = float(re.search(r"takes about ([\d.]+) GiB", refused["errors"][0])[1]) + 0.01  # the process itself differs a little
+    done = rosaq(*command(large, folder / "out", "--max-memory", f"{least:.2f}GiB", recipe=name))
+    assert done["codes"] == [0], done["errors"]
+    assert done["peak_bytes"][0] <= least * 2**30
 
 
 def test_another_run_is_refused_by_what_differs(rosaq, model, copied, whole, tmp_path):

@@ -39,7 +39,7 @@ def test_recipes(changes, salient):
         sentence(error)
         return
     assert recipe.to_dict() | {"name": "x", "salient": salient, **changes} == recipe.to_dict()
-    assert plan.linears["q"].salient == recipe.salient and 2 < plan.bits_per_weight < 40
+    assert plan.blocks[0]["q"].salient == recipe.salient and 2 < plan.bits_per_weight < 40
 
 
 @FUZZ

@@ -1,5 +1,10 @@
 """GPTQ: less error of the output than rounding to nearest, and precise channels that take up the rest."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -104,3 +109,26 @@ def test_layers_rounded_together_are_as_if_alone(rounding):
         assert torch.equal(ours["scales"], alone["scales"])
         got, wanted = dequantize(layout, ours), dequantize(layout, alone)
         assert float((got - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_rounds_as_the_loop_in_its_interpreter():
+    """In a process of its own, since Triton reads the variable when it is imported."""
+    program = """
+import torch
+from rosaq.rounding.columns import _launch, _loop
+torch.manual_seed(0)
+for width, outputs, channels, start in ((96, 37, 64, 0), (200, 33, 48, 1), (130, 32, 128, 2)):
+    x, weight = torch.randn(500, width, dtype=torch.float64) @ torch.randn(width, width, dtype=torch.float64), torch.randn(width, outputs)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x / 500 + torch.eye(width)), upper=True).float()
+    for rows in (1, channels):
+        scale = (torch.rand(rows, outputs) / 10 + 0.1).expand(channels, -1)
+        zero = torch.randint(0, 15, (rows, outputs)).float().expand(channels, -1)
+        codes, errors = _loop(weight.clone(), factor, start, scale, zero, 15)
+        ours = _launch(weight.clone(), factor, start, scale, zero, 15)
+        assert len(codes.unique()) == 16 and torch.equal(ours[0], codes), (width, rows)
+        assert float((ours[1] - errors).abs().max()) < 1e-5 * float(errors.abs().max()), (width, rows)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

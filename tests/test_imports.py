@@ -7,23 +7,24 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # Level of each module; a sub-package counts as its files. What is not listed fails.
 LEVELS = {
     "rosaq.version": 0, "rosaq.layout": 0, "rosaq.packing": 0, "rosaq.recipe": 0, "rosaq.architecture": 0, "rosaq.clock": 0, "rosaq.device": 0,
-    "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.hadamard": 0,
+    "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.text_files": 0, "rosaq.hadamard": 0,
     "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
     "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1, "rosaq.memory": 1, "rosaq.activations": 1,
     "rosaq.shard_files": 1, "rosaq.workfolder": 1,
     "rosaq.source": 2,
     "rosaq.kernels": 2,
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.checkpoint_writer": 4, "rosaq.card": 3, "rosaq.linear": 3, "rosaq.results": 3,
-    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4, "rosaq.curve": 4,
+    "rosaq.rates": 3,
+    "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4,
     "rosaq.basis": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
-    "rosaq.statistics": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.export": 6, "rosaq.engines.serving": 6,
-    "rosaq.engines.vllm_layers": 7,
+    "rosaq.statistics": 6, "rosaq.sensitivity": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.serving": 6,
+    "rosaq.engines.vllm_layers": 7, "rosaq.engines.export": 7,
     "rosaq.job": 7, "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
-    "rosaq.pipeline": 8, "rosaq.inspection": 8, "rosaq.distillation": 8,
-    "rosaq.benchmark.quantizing": 9, "rosaq.comparison": 9,
-    "rosaq": 10,
-    "rosaq_cli": 11,
-    "rosaq.__main__": 12,
+    "rosaq.allocation": 8, "rosaq.pipeline": 9, "rosaq.forecast": 8, "rosaq.inspection": 8, "rosaq.distillation": 8,
+    "rosaq.benchmark.quantizing": 10, "rosaq.curve": 9, "rosaq.comparison": 10,
+    "rosaq": 11,
+    "rosaq_cli": 12,
+    "rosaq.__main__": 13,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
 SERVING = (
@@ -47,6 +48,8 @@ CALIBRATING = (
     "rosaq.rotation",
     "rosaq.rounding",
     "rosaq.learned",
+    "rosaq.sensitivity",
+    "rosaq.allocation",
     "rosaq.job",
     "rosaq.pipeline",
 )

@@ -44,7 +44,7 @@ def inputs_of(model, windows, module):
 
 def test_views_are_the_inputs_in_each_basis(original, calibration):
     statistics = measure(original, calibration, "cpu")
-    observed = observe(original, statistics, "cpu", no_progress)
+    observed = list(observe(original, statistics, "cpu", no_progress))
     model = random_model("llama")
     for site, role in (("attn_in", "q"), ("mlp_in", "up"), ("attn_out", "o"), ("mlp_out", "down")):
         x = inputs_of(model, statistics.windows, f"model.layers.1.{LINEARS[role]}")

@@ -28,7 +28,7 @@ def cross_entropy(model, windows):
 
 
 def quantized_model(source, chosen, tokens):
-    return QuantizedModel(source, chosen, make_plan(chosen, source.architecture).linears, tokens, "cpu")
+    return QuantizedModel(source, chosen, make_plan(chosen, source.architecture).blocks[0], tokens, "cpu")
 
 
 def sampled(family, windows, tokens):

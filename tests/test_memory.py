@@ -89,6 +89,13 @@ def test_a_bound_that_is_too_small_is_refused_before_any_work(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-original"]
 
 
+def test_a_bound_on_a_gpus_memory_needs_a_gpu(saved, tmp_path):
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4)
+    with pytest.raises(ValueError, match=r"max-device-memory is 1.00 GiB, but the device is cpu"):
+        quantize(str(saved("llama")), tmp_path / "out", recipe, torch.arange(64).view(2, 32), "cpu", means=Means(max_device_memory=2**30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-original"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_ranks_share_whole_batches_in_order(count):
     windows = torch.zeros(70, 64, dtype=torch.long)

@@ -79,9 +79,9 @@ def test_packed_model_equals_the_rounded_one(bits, family, saved, calibration, t
     rounded.lm_head.weight = torch.nn.Parameter(head)
     rounded.model.norm.weight = torch.nn.Parameter(torch.ones(source.architecture.hidden))
     for index, layer in enumerate(rounded.model.layers):
-        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.linears)
+        prepared = prepare_block(source.block(index), statistics.inputs[index], recipe, source.architecture, Bases(basis), plan.blocks[0])
         for role, module in LINEARS.items():
-            layout, weight = plan.linears[role], prepared.block[f"{module}.weight"].clone()
+            layout, weight = plan.blocks[0][role], prepared.block[f"{module}.weight"].clone()
             columns = layout.quantized_columns()
             weight[:, columns] = round_to_nearest(weight[:, columns], layout)
             prepared.block[f"{module}.weight"] = weight
@@ -100,7 +100,7 @@ def test_without_rounding_error_the_method_is_exact(saved, calibration, tmp_path
     down_only = copy.deepcopy(reference)
     plan = make_plan(recipe, open_source(str(original)).architecture)
     for layer in down_only.model.layers:
-        layer.mlp.down_proj.weight.data = round_to_nearest(layer.mlp.down_proj.weight.data, plan.linears["down"])
+        layer.mlp.down_proj.weight.data = round_to_nearest(layer.mlp.down_proj.weight.data, plan.blocks[0]["down"])
     ours, theirs = relative(logits(loaded), logits(reference)), relative(logits(down_only), logits(reference))
     assert ours < 1.5 * theirs
 
@@ -184,3 +184,24 @@ def test_salient_channels_matter(saved, calibration, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(salient), dtype=torch.float32)
         errors[salient] = relative(logits(loaded), logits(model))
     assert errors[16] < 0.8 * errors[0]
+
+
+def test_mixed_keeps_the_channels_that_carry_most(calibration, tmp_path):
+    """Rounding to nearest loses most at input channels that stand out; Mixed finds them and keeps them precise."""
+    loud, model = torch.tensor([3, 17, 22, 40, 41, 59]), random_model("llama", hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[loud] *= 12
+            layer.post_attention_layernorm.weight[loud] *= 12
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    source, errors = open_source(str(tmp_path / "model")), {}
+    for name in ("rtn", "mixed"):
+        quantize(source, tmp_path / name, small(name, bits=3), calibration, "cpu")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        errors[name] = relative(logits(loaded), logits(model))
+    stored = load_file(tmp_path / "mixed" / "model.safetensors")
+    for layer in range(2):
+        for site in ("self_attn.q_proj", "mlp.gate_proj"):
+            assert set(loud.tolist()) <= set(stored[f"model.layers.{layer}.{site}.order"][:16].tolist())
+    assert errors["mixed"] < 0.7 * errors["rtn"]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosaq.architecture import LLAMA2_7B
+from rosaq.engines.shards import input_parts
 from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -83,15 +84,23 @@ def test_bits_per_weight_by_hand():
 
 def test_a_rotation_per_layer_pays_for_itself():
     plans = {name: make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-paper-per-layer")}
-    block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].linears.values())
+    block = sum(layout.out_features * layout.in_features for layout in plans["rosaq-paper"].blocks[0].values())
     extra = plans["rosaq-paper-per-layer"].bits_per_weight - plans["rosaq-paper"].bits_per_weight
     assert extra == pytest.approx(2 * 16 * 4096**2 / block)
 
 
 def test_a_rotation_across_heads_pays_for_itself():
     head_wise, across = (make_plan(load_recipe(name), LLAMA2_7B) for name in ("rosaq-paper", "rosaq-heads-concatenated"))
-    assert across.linears["o"].salient == 32 * 32 and across.linears["o"].blocks == 1
+    assert across.blocks[0]["o"].salient == 32 * 32 and across.blocks[0]["o"].blocks == 1
     assert across.bits_per_weight > head_wise.bits_per_weight + 0.9 * 16 * 4096**2 / (4 * 4096**2 + 3 * 4096 * 11008)
+
+
+def test_ranks_can_share_the_recommended_recipe():
+    """W_down's salient channels lie in four blocks of a large model, so that its inputs can be cut in two and four."""
+    down = make_plan(load_recipe("rosaq-int4"), LLAMA2_7B).blocks[0]["down"]
+    assert (down.blocks, down.block_size, down.salient) == (4, 2752, 32) and input_parts(down) == [1, 2, 4]
+    small = make_plan(load_recipe("rosaq-int4"), dataclasses.replace(LLAMA2_7B, intermediate=1536)).blocks[0]["down"]
+    assert (small.blocks, small.salient) == (1, 128)
 
 
 def test_baselines_spend_the_same_bits():

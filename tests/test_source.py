@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from rosaq import open_source
+from rosaq import Recipe, open_source, quantize
 from rosaq.safetensors_folder import SafetensorsFolder
 
 
@@ -53,7 +56,6 @@ def test_an_index_that_leads_elsewhere(saved, name):
 @pytest.mark.parametrize("name", ["../../x", "model.layers.2.mlp.up_proj.weight", "model.layers.01.mlp.up_proj.weight", "model.layers.0.extra"])
 def test_tensors_without_a_place(saved, name):
     from rosaq.plan import make_plan
-    from rosaq.recipe import Recipe
     from rosaq.results import checkpoint_parts
 
     folder = saved("llama")
@@ -71,7 +73,9 @@ def test_pickled_weights_are_not_read(saved):
         open_source(str(folder))
 
 
-def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
+def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path, monkeypatch):
+    """Nor asked for: transformers would, of whoever or whatever is at the terminal."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = saved("llama")
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
@@ -80,3 +84,58 @@ def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
     with pytest.raises(ValueError, match="transformers cannot read it"):
         open_source(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """A hub as `snapshot_download` sees it: what a repository lists, and what of that is asked for, in the cache's own form."""
+    files, asked = tmp_path / "hub", []
+    saved("llama").rename(files)
+    for name in (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "model.onnx",
+        "LICENSE.txt",
+    ):
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_text("{}")
+
+    def download(repository, allow_patterns, ignore_patterns):
+        folder = tmp_path / "cache" / repository.replace("/", "--")
+        listed = [str(file.relative_to(files)) for file in files.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(listed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            if not (folder / name).exists():
+                asked.append(name)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(files / name)
+        return str(folder)
+
+    monkeypatch.setattr("rosaq.source.snapshot_download", download)
+    return asked
+
+
+def test_a_hub_id_brings_each_weight_once(hub, tmp_path):
+    """No pickle, no second copy of the weights, and nothing again for a second run."""
+    ids = torch.arange(64).view(2, 32)
+    recipe = Recipe("x", group_size=16, salient=16, salient_per_head=4)
+    quantize("owner/tiny", tmp_path / "a", recipe, ids, "cpu")
+    assert sorted(hub) == ["LICENSE.txt", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    quantize("owner/tiny", tmp_path / "b", recipe, ids, "cpu")
+    assert len(hub) == 6
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_a_cached_hub_id_needs_no_network(saved, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    repository = cache / "models--owner--tiny"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    saved("llama").rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("rosaq.source.snapshot_download", partial(snapshot_download, cache_dir=cache))
+    assert open_source("owner/tiny").architecture.layers == 2
+    with pytest.raises(ValueError, match="owner/other: not a local path, and the hub did not give it"):
+        open_source("owner/other")

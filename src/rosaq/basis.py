@@ -211,12 +211,13 @@ def prepare_block(
     if recipe.head_rotation == "concatenated":
         _rotate_concatenated(prepared, moments, recipe, architecture)
     else:
-        _absorb_heads(prepared, inputs, recipe, architecture, bases.heads)
-    if recipe.selection == "magnitude" and recipe.salient:
-        for site, gain in gains.items():
-            prepared.orders[site] = salient_first(inputs[site].magnitude * gain.abs().cpu(), recipe.salient)
-    if recipe.salient_down:
-        prepared.down_order = salient_first(inputs["mlp_out"].magnitude.to(device), recipe.salient_down)
+        _absorb_heads(prepared, inputs, recipe, architecture, bases.heads, layouts["o"].salient)
+    for site, gain in gains.items():
+        layout = layouts[SITES[site][0]]
+        if layout.ordered:
+            prepared.orders[site] = salient_first(inputs[site].magnitude * gain.abs().cpu(), layout.salient)
+    if layouts["down"].salient:
+        prepared.down_order = salient_first(inputs["mlp_out"].magnitude.to(device), layouts["down"].salient)
         prepared.block = permute_feed_forward(prepared.block, prepared.down_order)
     for site in SITES:
         if (recipe.down_scaling if site == "mlp_out" else recipe.scaling) == "awq":
@@ -242,7 +243,7 @@ def _rotate_concatenated(prepared: PreparedBlock, moments: Moments, recipe: Reci
     prepared.rotations[LINEARS["o"]] = prepared.transforms["attn_out"] = basis
 
 
-def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, a: Architecture, given: torch.Tensor | None) -> None:
+def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, a: Architecture, given: torch.Tensor | None, salient: int) -> None:
     if given is not None:
         bases = given
     elif recipe.head_rotation != "none":
@@ -251,9 +252,9 @@ def _absorb_heads(prepared: PreparedBlock, inputs: BlockInputs, recipe: Recipe, 
         if recipe.head_rotation == "shared":
             moment = moment.mean(0, keepdim=True).expand_as(moment)
         device = prepared.block[f"{LINEARS['o']}.weight"].device
-        bases = _principal_axes(moment.to(device), recipe, recipe.salient_per_head)
-    elif recipe.salient_per_head:
-        bases = salient_first_heads(inputs["attn_out"].magnitude, recipe.salient_per_head, a.heads, a.kv_heads)
+        bases = _principal_axes(moment.to(device), recipe, salient)
+    elif salient:
+        bases = salient_first_heads(inputs["attn_out"].magnitude, salient, a.heads, a.kv_heads)
     else:
         return
     prepared.block = absorb_heads(prepared.block, bases, a)

@@ -5,7 +5,6 @@ in that order and cut into windows of equal length.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from rosaq.clock import Progress
+from rosaq.text_files import read_entries, read_text
 
 # Hub data sets, streamed: (path, configuration, split, field). The paper calibrates on the Pile.
 HUB_TEXTS = {
@@ -63,31 +63,18 @@ def read_documents(text: str) -> Iterable[str]:
     path = Path(text).expanduser()
     if not path.is_file():
         raise ValueError(f"calibration {text!r}: no such file, and not one of {', '.join(HUB_TEXTS)}, self")
-    content = path.read_text(encoding="utf-8", errors="strict") if path.suffix != ".jsonl" else ""
-    if path.suffix == ".jsonl":
-        documents = list(_json_lines(path))
-    elif path.suffix == ".json":
-        documents = [entry["text"] if isinstance(entry, dict) else str(entry) for entry in json.loads(content)]
-    else:
-        documents = [content]
+    documents = [_entry_text(*entry) for entry in read_entries(path)] if path.suffix in (".json", ".jsonl") else [read_text(path)]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"calibration {path}: holds no text")
     return documents
 
 
-def _json_lines(path: Path) -> Iterable[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"calibration {path}, line {number}: not valid JSON: {error}") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                raise ValueError(f"calibration {path}, line {number}: no field 'text' with a string")
-            yield entry["text"]
+def _entry_text(place: str, entry: Any) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ValueError(f"calibration {place}: no field 'text' with a string")
+    return text
 
 
 def _hub_documents(text: str) -> Iterable[str]:

@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rosaq.architecture import LINEARS
+from rosaq.architecture import BLOCKS, LINEARS
 from rosaq.plan import Plan
 from rosaq.safetensors_folder import read_json, safe_member
 from rosaq.shard_files import ShardFiles, sha256
-from rosaq.workfolder import WorkFolder, disk_errors, flush
+from rosaq.workfolder import WorkFolder, disk_errors, flush, write_whole
 
 FORMAT_VERSION = 1
 MANIFEST = "rosaq.json"
@@ -55,9 +55,9 @@ def write_beside(
     for companion in [config, *companions]:
         companion.save_pretrained(folder)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text.encode())
     entry = {"format_version": FORMAT_VERSION, "files": files, **manifest}
-    (folder / MANIFEST).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, (json.dumps(entry, indent=2) + "\n").encode())
     for file in (*folder.iterdir(), folder):
         flush(file)
 
@@ -82,6 +82,13 @@ def check_published(work: WorkFolder, report: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
+def published_recipe(work: WorkFolder) -> dict[str, Any]:
+    """The recipe of the checkpoint that has the output's name already, as it says; empty where there is none."""
+    path = work.destination / MANIFEST
+    recipe: dict[str, Any] = read_json(path).get("report", {}).get("recipe", {}) if path.is_file() else {}
+    return recipe
+
+
 def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of a quantized model.
 
@@ -90,12 +97,16 @@ def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[st
         recipe: `Recipe.to_dict`.
         calibration: record of the text.
     """
+    shared, own = plan.blocks[0], {}
+    for index, block in enumerate(plan.blocks):
+        own.update({f"{BLOCKS}.{index}.{LINEARS[role]}": layout.form() for role, layout in block.items() if layout != shared[role]})
     config = {
         "quant_method": "rosaq",
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
         "calibration": calibration,
-        "layouts": {LINEARS[role]: layout.form() for role, layout in plan.linears.items()}
+        "layouts": {LINEARS[role]: layout.form() for role, layout in shared.items()}
+        | own
         | {module: layout.form() for module, layout in plan.tables.items()},
         "rotated_norms": list(plan.rotated_norms),
     }

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rosaq.checkpoint import MANIFEST
+from rosaq.inspection.plots import require_matplotlib
 from rosaq.safetensors_folder import read_json
 
 
@@ -22,11 +23,7 @@ def plot_learning(checkpoints: list[str | Path], file: str | Path) -> None:
         if not learning:
             raise ValueError(f"{folder}: its rotation was not learned, so there is no loss to draw")
         curves[Path(folder).name] = learning
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (an optional dependency)
-    except ImportError as error:
-        raise ValueError("plots need the package matplotlib: pip install 'rosaq[plots]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = require_matplotlib()(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, learning in curves.items():
         steps = len(learning["losses"])

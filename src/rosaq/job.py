@@ -90,7 +90,7 @@ def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, d
     if key not in statistics.learned:
         windows, (residual, heads) = statistics.windows, draw_bases(recipe, source.architecture)
         assert residual is not None
-        model = QuantizedModel(source, recipe, plan.linears, windows.shape[1], device)
+        model = QuantizedModel(source, recipe, plan.blocks[0], windows.shape[1], device)
         statistics.learned[key] = learn(model, (residual, heads), windows, recipe, progress)
     return statistics.learned[key]
 
@@ -98,7 +98,7 @@ def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, d
 def prepare(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> PreparedBlock:
     """One decoder block in the basis that it is rounded in, float32; arguments as for `quantize_block`."""
     exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
-    return prepare_block(exact, inputs, job.recipe, job.source.architecture, job.bases.of_block(index), job.plan.linears, moments)
+    return prepare_block(exact, inputs, job.recipe, job.source.architecture, job.bases.of_block(index), job.plan.blocks[index], moments)
 
 
 def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, mome
     with job.clock("preparing"):
         prepared = prepare(job, index, block, inputs, moments)
         turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
-    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, prefix).items()}
+    stored = {prefix + name: tensor for name, tensor in _round_block(prepared, turned, job, index).items()}
     for module, rotation in prepared.rotations.items():
         stored[f"{prefix}{module}.rotation"] = rotation.half()
     linear_weights = {f"{module}.{part}" for module in LINEARS.values() for part in ("weight", "bias")}
@@ -125,18 +125,18 @@ def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, mome
     return stored
 
 
-def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], job: Job, prefix: str) -> dict[str, torch.Tensor]:
-    recipe, stored = job.recipe, {}
+def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], job: Job, index: int) -> dict[str, torch.Tensor]:
+    recipe, linears, stored = job.recipe, job.plan.blocks[index], {}
     for site, roles in SITES.items():
         order = prepared.orders[site].to(job.device) if site in prepared.orders else None
         for clipped, together in itertools.groupby(roles, lambda role: recipe.clipping == "awq" and role not in UNCLIPPED):
-            modules = {LINEARS[role]: job.plan.linears[role] for role in together}
+            modules = {LINEARS[role]: linears[role] for role in together}
             weights = [prepared.block[f"{module}.weight"] for module in modules]
             rounding = Rounding(recipe.rounding == "gptq", recipe.act_order, clipped)
             try:
                 layers = quantize_stacked(weights, list(modules.values()), order, moments.get(site), rounding)
             except ValueError as error:
-                raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
+                raise ValueError(f"{job.source.architecture.block_prefix(index)}{', '.join(modules)}: {error}") from error
             for module, tensors in zip(modules, layers, strict=True):
                 if f"{module}.bias" in prepared.block:
                     tensors["bias"] = prepared.block[f"{module}.bias"].half()

@@ -152,7 +152,7 @@ def learn(
     residual = start[0].to(model.device, torch.float64)
     heads = None if start[1] is None else start[1].to(model.device, torch.float64)
     losses = []
-    with _gpu_arithmetic(model.device):
+    with gpu_arithmetic(model.device):
         before = _held_out_loss(model, held_out, residual, heads)
         for step, rows in enumerate(_batches(len(training), recipe)):
             variables = [residual.float().requires_grad_()]
@@ -229,7 +229,7 @@ def _held_out_loss(model: QuantizedModel, windows: torch.Tensor, residual: torch
 
 
 @contextmanager
-def _gpu_arithmetic(device: str) -> Iterator[None]:
+def gpu_arithmetic(device: str) -> Iterator[None]:
     """On a GPU, TF32 products (their error is a thousandth, the grid's step a tenth of a weight), and the same ones every time."""
     if not device.startswith("cuda"):
         yield

@@ -1,6 +1,9 @@
-"""How much memory a run takes on the host, and where the activations go: device, pinned host memory or disk."""
+"""How much memory a run takes on the host and may take on a GPU, and where the activations go: device, pinned host memory or disk."""
 
+import contextlib
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from rosaq.architecture import LINEARS, SITES, Architecture
 
 UNITS = {"": 1, "B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}}
 DEVICE_SHARE = 4  # activations stay on a GPU where they take at most so small a part of its free memory
+# What libraries take on first use, and what the allocator keeps; on the CPU 10 to 75 MiB by measurement.
+LIBRARIES = {"cpu": 96 << 20, "cuda": 1 << 30}
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -66,39 +71,72 @@ def estimate(a: Architecture, device: str, itemsize: int, tokens: tuple[int, int
         learning: tokens of a step and of a window, where rotations are learned: the whole model is in memory then.
     """
     weights = sum(torch.Size(a.shape(role)).numel() for role in LINEARS)
-    table = 2 * a.vocabulary * a.hidden * 2  # as read and as written
-    if device.startswith("cuda"):  # two blocks as read, their page-locked copies rounded up, one block as written
-        host = 2 * weights * 2 * 2 + weights + table
+    table, record = a.vocabulary * a.hidden * 2, 3 * 8 * a.hidden**2  # the residual stream's sum, and copies of it while it is written
+    if device.startswith("cuda"):  # a second pass reads ahead beside the rounding, and page-locked memory, rounded up, is kept to the end
+        locked = (2 if second_pass else 1) * 2 * weights * 2 * 1.1
+        host = int(locked + max(weights * (2 + 1) + record, table * 4))
     else:
         widths = [a.width(site) for site in SITES] if second_pass else [a.hidden, a.hidden]
         moments = sum(width**2 for width in widths) * 12 + (max(widths) ** 2 * 32 if second_pass else 0)
         batch = tokens[1] * (16 * a.hidden + 8 * a.intermediate) * itemsize
         blocks = weights * (2 * 2 + itemsize * 2)  # two as read, one as it runs and folded
-        host = max(blocks + batch + moments, weights * (2 * 2 + 4 * 4) + moments, table * 5)  # a GGUF table is dequantized in float32 with copies
+        # A table of a GGUF file is dequantized in float32, with copies.
+        host = max(blocks + batch + moments + record, weights * (2 * 2 + 4 * 4) + moments, table * 10)
         if learning[0]:
             model = (weights * a.layers + a.vocabulary * a.hidden) * 2 + a.vocabulary * a.hidden * 4
             step = learning[0] * (a.layers * a.hidden + 36 * a.hidden + 18 * a.intermediate) * 4 + learning[1] * a.vocabulary * 4 * 6
             host = max(host, model + step + weights * 4 * 14)  # factors by measurement: a block and its gradient
-    return Work(host, tokens[0] * a.hidden * itemsize)
+    return Work(host + LIBRARIES[torch.device(device).type], tokens[0] * a.hidden * itemsize)
 
 
-def place_activations(work: Work, device: str, limit: int | None) -> str:
+@contextlib.contextmanager
+def device_bound(device: str, limit: int | None) -> Iterator[None]:
+    """Have PyTorch take no more of a GPU's memory than a bound, in bytes, while the block runs (the CUDA context comes on top).
+
+    Raises:
+        ValueError: a bound for the CPU, or more was needed than the bound or the GPU's memory.
+    """
+    if not device.startswith("cuda"):
+        if limit is not None:
+            raise ValueError(
+                f"max-device-memory is {limit / 2**30:.2f} GiB, but the device is {device}; it bounds a GPU's memory, max-memory the host's"
+            )
+        yield
+        return
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    if limit is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(index).total_memory), index)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        bound = "the GPU has no more free" if limit is None else f"max-device-memory is {limit / 2**30:.2f} GiB"
+        held = torch.cuda.memory_allocated(index) / 2**30
+        raise ValueError(f"{device}: out of memory with {held:.2f} GiB held: {bound}") from error
+    finally:
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+def place_activations(work: Work, device: str, limit: int | None, device_limit: int | None = None) -> str:
     """Where the activations fit: "device", "host" or "disk".
 
     Args:
         work: what the run takes.
         device: where it is computed.
         limit: host memory that the whole process may take; None: what is available now.
+        device_limit: memory of the GPU likewise.
 
     Raises:
         ValueError: the limit is too small even with the activations on disk; says what is needed.
     """
-    if device.startswith("cuda") and work.activations <= torch.cuda.mem_get_info(device)[0] // DEVICE_SHARE:
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
+    if work.activations <= min(free, free if device_limit is None else device_limit) // DEVICE_SHARE:
         needed, place = 0, "device"
     else:
         needed, place = work.activations, "host"
     room = available_bytes() if limit is None else limit - resident_bytes()
     if room < work.host and limit is not None:
-        least = (resident_bytes() + work.host) / 2**30
+        least = math.ceil((resident_bytes() + work.host) / 2**30 * 100) / 100
         raise ValueError(f"max-memory is {limit / 2**30:.2f} GiB, but this model takes about {least:.2f} GiB even with its activations on disk")
     return place if work.host + needed <= room else "disk"

@@ -5,10 +5,10 @@ inputs under the norm weights follow from these (x diag(g)). Shape letters: T to
 H key-value heads, E head size, P sampled tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -130,7 +130,7 @@ class _SiteSums:
 class _MomentSum:
     """Sum over batches of one site's whole second moment."""
 
-    def __init__(self, site: str, a: Architecture, windows: torch.Size, first: int, device: str) -> None:
+    def __init__(self, site: str, a: Architecture, windows: torch.Size, device: str) -> None:
         self.tokens = windows.numel()
         self.second = torch.zeros(a.width(site), a.width(site), dtype=torch.float64, device=device)
 
@@ -178,7 +178,11 @@ def collect(
     Raises:
         ValueError: NaN or Inf in activations, naming block and site.
     """
-    for done, inputs in _run(source, windows, device, dtype, _SiteSums, flow or Flow()):
+
+    def make(_: int, site: str, first: int) -> _SiteSums:
+        return _SiteSums(site, source.architecture, windows.shape, first, device)
+
+    for done, inputs in run_blocks(source, windows, device, dtype, make, flow or Flow()):
         progress("activations", done, source.architecture.layers)
         if inputs is not None:
             yield inputs
@@ -193,24 +197,57 @@ def collect_moments(
 
     The same pass as `collect`, for rounding that looks at all pairs of channels; only one block's are held at a time.
     """
-    for _, moments in _run(source, windows, device, dtype, _MomentSum, flow or Flow()):
+
+    def make(_: int, site: str, first: int) -> _MomentSum:
+        return _MomentSum(site, source.architecture, windows.shape, device)
+
+    for _, moments in run_blocks(source, windows, device, dtype, make, flow or Flow()):
         if moments is not None:
             yield moments
         del moments  # so that they are not held while the next block runs
 
 
-Sums = TypeVar("Sums", _SiteSums, _MomentSum)
+class Sums(Protocol):
+    """Sums over batches of one site's inputs."""
+
+    def add(self, x_TK: torch.Tensor) -> None:
+        """Take the inputs of one batch in."""
+
+    def share(self, ranks: Ranks, dtype: torch.dtype) -> None:
+        """Add up over the ranks, of whose blocks this is the type."""
+
+    def finish(self, where: str) -> Any:
+        """What they come to; `where` names block and layer.
+
+        Raises:
+            ValueError: NaN or Inf among the inputs.
+        """
 
 
-def _run(source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype, make: type[Sums], flow: Flow) -> Iterator[tuple[int, Any]]:
-    """Run all blocks over the windows; yields (blocks done, what the block's sums come to, or None before `flow.start`)."""
+def run_blocks(
+    source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype, make: Callable[[int, str, int], Sums], flow: Flow
+) -> Iterator[tuple[int, Any]]:
+    """Run all blocks over the windows, one in memory at a time, their norms folded.
+
+    Args:
+        source: the model.
+        windows: token ids (S, T), of all ranks.
+        device: where the blocks run.
+        dtype: type they run in.
+        make: the sums of (block, site, this rank's first window), made before the block runs.
+        flow: how the pass is run.
+
+    Yields:
+        Blocks done, and what the block's sums come to by site, or None before `flow.start`.
+    """
     a, clock = source.architecture, flow.clock
     tokens = BATCH_TOKENS[torch.device(device).type]
     mine = own_windows(windows, tokens, flow.ranks)
     part = windows[mine]
     runner = BlockRunner(source.config, windows.shape[1], dtype, device)
     with Activations((part.shape[0], windows.shape[1], a.hidden), dtype, device, flow.place, flow.folder) as hidden:
-        _embed(source, part, hidden, dtype, tokens)
+        with clock("embedding"):
+            _embed(source, part, hidden, (device, dtype), tokens)
         blocks = source.blocks(range(a.layers), device)
         for index in range(a.layers):
             with clock("reading"):
@@ -218,7 +255,7 @@ def _run(source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype,
             block = runner.load(index, folded(tensors, dtype))
             del tensors
             wanted = index >= flow.start
-            sums = {site: make(site, a, windows.shape, mine.start, device) for site in SITES} if wanted else {}
+            sums = {site: make(index, site, mine.start) for site in SITES} if wanted else {}
             hooks = [_hook(block, site, kept) for site, kept in sums.items()]
             for rows in batches(part, tokens):
                 states = runner.run(index, hidden.read(rows))
@@ -253,13 +290,13 @@ def folded(tensors: Block, dtype: torch.dtype) -> Block:
     return {name: tensor.to(dtype) for name, tensor in exact.items()}
 
 
-def _embed(source: Source, windows: torch.Tensor, hidden: Activations, dtype: torch.dtype, tokens: int) -> None:
-    table = source.embedding()
+def _embed(source: Source, windows: torch.Tensor, hidden: Activations, form: tuple[str, torch.dtype], tokens: int) -> None:
+    table = source.embedding().to(form[0])
     for rows in batches(windows, tokens):
-        hidden.write(rows, torch.nn.functional.embedding(windows[rows], table).to(dtype))
+        hidden.write(rows, torch.nn.functional.embedding(windows[rows].to(form[0]), table).to(form[1]))
 
 
-def _hook(block: torch.nn.Module, site: str, sums: _SiteSums | _MomentSum) -> torch.utils.hooks.RemovableHandle:
+def _hook(block: torch.nn.Module, site: str, sums: Sums) -> torch.utils.hooks.RemovableHandle:
     linear = block.get_submodule(LINEARS[SITES[site][0]])
     return linear.register_forward_pre_hook(lambda _, arguments: sums.add(arguments[0].flatten(0, -2)))
 

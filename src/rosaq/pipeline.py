@@ -4,18 +4,21 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rosaq.allocation import allocate
 from rosaq.architecture import EMBEDDING, FINAL_NORM, HEAD
 from rosaq.calibration import Calibration
 from rosaq.card import model_card
-from rosaq.checkpoint import check_published, finish_checkpoint, quantization_config
+from rosaq.checkpoint import check_published, finish_checkpoint, published_recipe, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
 from rosaq.distributed import current_ranks
 from rosaq.job import Job, find_bases, quantize_block, quantize_table
 from rosaq.learned import Learned, learning_key
+from rosaq.memory import device_bound
 from rosaq.moments import Flow
 from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
@@ -26,6 +29,7 @@ from rosaq.statistics import Statistics, calibration_record, measure_durably
 from rosaq.workfolder import WorkFolder, check_destination
 
 LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
+ALLOCATION = "allocation-found"  # record of the forms of all sites, where the recipe has a target
 
 
 def quantize(
@@ -66,50 +70,82 @@ def quantize(
     with clock("open"):
         source = open_source(model) if isinstance(model, str) else model
         plan = make_plan(recipe, source.architecture, source.biases())
-        parts = checkpoint_parts(source, plan)
+        checkpoint_parts(source, plan)  # refuses what is wrong with the model's tensors
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
-    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work:
+    with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work, device_bound(device, means.max_device_memory):
         if windows is None:
             assert isinstance(calibration, Calibration)
             windows = run.sampled(calibration, work)
-        settings.pop("statistics", None)
-        sizes = (plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes)
-        report = Report(recipe.to_dict(), calibration_record(settings, windows), torch.device(device).type, *sizes, clock.seconds)
         if work.published:
+            if allocation := published_recipe(work).get("allocation", ""):
+                run = run.allocated(allocation)
+            report = run.report(settings, windows)
             report.learning = check_published(work, report.lasting()).get("learning", {})
             if run.ranks.first:
                 work.publish()
         else:
             flow = run.flow(windows, means, work.path)
+            measured = calibration if isinstance(calibration, Statistics) else None
+            report = _make(run, work, flow, settings, measured or windows)
             report.activations = flow.place
-            _make(run, work, Results(work, parts), flow, report, calibration if isinstance(calibration, Statistics) else windows)
     report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
 
 
-def _make(run: Run, work: WorkFolder, results: Results, flow: Flow, report: Report, calibration: Statistics | torch.Tensor) -> None:
-    """The stages, each durable: measure, rotate, round, write."""
-    first = run.ranks.first
-    if first:
-        results.create()
-    run.ranks.wait()
-    with run.clock("activations"):
-        if not isinstance(calibration, Statistics):
-            inputs, residual = measure_durably(run.source, calibration, run.recipe, run.device, work, flow, run.progress)
-            calibration = Statistics(report.calibration, inputs, calibration, residual)
+def _make(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], calibration: Statistics | torch.Tensor) -> Report:
+    """The stages, each durable: measure, rotate, allocate where there is a target, round, write."""
+    first, waits = run.ranks.first, run.recipe.target_bits and not run.recipe.allocation
+    results = None if waits else _laid_out(run, work)
+    statistics = calibration if isinstance(calibration, Statistics) else _measured(run, work, flow, settings, calibration)
     with run.clock("learning" if run.recipe.rotation == "learned" else "rotation"):
-        job = _make_job(run, work, calibration)
-        report.learning = job.bases.learning
+        job = _make_job(run, work, statistics)
+    if results is None:
+        with run.clock("allocation"):
+            run = run.allocated(_allocation(run, work, job, flow, statistics))
+            job, results = replace(job, recipe=run.recipe, plan=run.plan), _laid_out(run, work)
+    report = run.report(settings, statistics.windows)
+    report.learning = job.bases.learning
     with run.clock("rounding"):
-        report.resumed_blocks = _round_blocks(run, job, calibration, results, flow)
-        _round_tables(run, job, results)
+        report.resumed_blocks = _round_blocks(run, job, statistics, results, flow)
     with run.clock("writing"):
         work.settle()
+    with run.clock("tables"):
+        _round_tables(run, job, results)
+        work.settle()
+    with run.clock("writing"):
         run.ranks.wait()
         if first:
             _finish(work, results, run, report)
         run.ranks.wait()
+    return report
+
+
+def _laid_out(run: Run, work: WorkFolder) -> Results:
+    """The shards, with all of their disk space taken."""
+    results = Results(work, checkpoint_parts(run.source, run.plan))
+    if run.ranks.first:
+        results.create()
+    run.ranks.wait()
+    return results
+
+
+def _measured(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], windows: torch.Tensor) -> Statistics:
+    """What the calibration text leaves, durably."""
+    with run.clock("activations"):
+        inputs, residual = measure_durably(run.source, windows, run.recipe, run.device, work, flow, run.progress)
+        return Statistics(calibration_record(settings, windows), inputs, windows, residual)
+
+
+def _allocation(run: Run, work: WorkFolder, job: Job, flow: Flow, statistics: Statistics) -> str:
+    """The allocation for the recipe's target, found by the first rank or an earlier go."""
+    found = None
+    if run.ranks.first:
+        found = work.noted(ALLOCATION)
+        if found is None:
+            found = {"allocation": allocate(job, statistics, flow, run.progress)}
+            work.note(ALLOCATION, found)
+    return str(run.ranks.agree(found)["allocation"])
 
 
 def _make_job(run: Run, work: WorkFolder, statistics: Statistics) -> Job:
@@ -156,9 +192,7 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
     modules = [FINAL_NORM, EMBEDDING] if job.plan.tied else [FINAL_NORM, EMBEDDING, HEAD]
     for index, module in enumerate(modules):
         if index % run.ranks.count == run.ranks.rank and not results.done(module):
-            stored = quantize_table(job, module)
-            with run.clock("writing"):
-                results.later(module, stored)
+            results.later(module, quantize_table(job, module))
 
 
 def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ SpinQuant, arXiv:2405.16406.
 """
 
 import dataclasses
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -28,6 +29,26 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 ABSORBED = ("global", "hadamard", "random", "learned")  # rotations of the whole residual stream, nothing left at run time
 DRAWN = ("hadamard", "random", "learned")  # bases without eigenvalues: their channels are in no order
+ENTRY = r"[34]:\d+:\d+"  # of an allocation: bits, salient channels, group size of one site
+
+
+@dataclass(frozen=True)
+class SiteForm:
+    """How the linear layers of one site are stored.
+
+    Attributes:
+        bits: of a quantized weight.
+        salient: channels that stay precise, of attn_out in each head.
+        group_size: channels that share a scale.
+    """
+
+    bits: int
+    salient: int
+    group_size: int
+
+    def __str__(self) -> str:
+        """As an allocation has it."""
+        return f"{self.bits}:{self.salient}:{self.group_size}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,11 @@ class Recipe:
         learning_rate: at the first step, falling linearly to 0, where the rotation is "learned", else 0; SpinQuant
             takes 1.5. While a rotation is learned weights are rounded unscaled and unclipped, whatever else is said.
         seed: of what a recipe draws at random: a random rotation, random salient channels.
+        target_bits: where above 0, each site of each block gets its own bits, salient channels and group size, out of
+            those that are no more than the recipe's own channels, so that the model loses least at no more than so many
+            bits per weight (`allocation.py`); `bits` then says nothing.
+        allocation: what was found for the target, or given: a word per decoder block, with the forms of attn_in,
+            attn_out, mlp_in and mlp_out as BITS:SALIENT:GROUP, separated by commas. "": the recipe's own for all.
 
     Raises:
         ValueError: a value that is not allowed, naming the field and what is.
@@ -101,6 +127,8 @@ class Recipe:
     learning_steps: int = 0
     learning_rate: float = 0.0
     seed: int = 0
+    target_bits: float = 0.0
+    allocation: str = ""
 
     def __post_init__(self) -> None:
         """Refuse types and values that mean nothing, and pairs that contradict each other."""
@@ -118,6 +146,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: group_size is {self.group_size}; it must be a multiple of 16, such as 32, 64 or 128")
         self._refuse_contradictions()
         self._refuse_rotations()
+        self._refuse_allocations()
 
     def _refuse_rotations(self) -> None:
         """Refuse what no rotation that is drawn or learned, or made at run time, allows."""
@@ -139,6 +168,37 @@ class Recipe:
             )
         if self.down_rotation == "hadamard" and (self.salient_down or self.down_scaling != "none"):
             raise ValueError(f"recipe {self.name!r}: down_rotation 'hadamard' mixes all channels: salient_down must be 0, down_scaling 'none'")
+
+    def _refuse_allocations(self) -> None:
+        """Refuse an allocation that cannot be read, and recipes whose sites cannot each have their own form."""
+        if self.allocation and not re.fullmatch(rf"{ENTRY}(,{ENTRY}){{3}}( {ENTRY}(,{ENTRY}){{3}})*", self.allocation):
+            raise ValueError(f"recipe {self.name!r}: allocation must be words of four BITS:SALIENT:GROUP separated by commas, one word a block")
+        if self.target_bits < 0:
+            raise ValueError(f"recipe {self.name!r}: target_bits is {self.target_bits}; it must be above 0, or 0 for none")
+        if self.target_bits or self.allocation:
+            if self.selection not in ("eigenvalue", "magnitude"):
+                raise ValueError(f"recipe {self.name!r}: target_bits needs selection 'eigenvalue' or 'magnitude', not {self.selection!r}")
+            for name, value in (("rotation", "learned"), ("head_rotation", "concatenated"), ("down_rotation", "hadamard")):
+                if getattr(self, name) == value:
+                    raise ValueError(f"recipe {self.name!r}: target_bits does not go with {name} {value!r}")
+
+    def site_forms(self, block: int) -> tuple[SiteForm, ...]:
+        """How attn_in, attn_out, mlp_in and mlp_out of a decoder block are stored.
+
+        Raises:
+            ValueError: the allocation has no such block.
+        """
+        if not self.allocation:
+            return tuple(SiteForm(self.bits, salient, self.group_size) for salient in self.site_salient)
+        words = self.allocation.split()
+        if block >= len(words):
+            raise ValueError(f"recipe {self.name!r}: allocation is of {len(words)} blocks; the model has more")
+        return tuple(SiteForm(*map(int, entry.split(":"))) for entry in words[block].split(","))
+
+    @property
+    def site_salient(self) -> tuple[int, int, int, int]:
+        """Salient channels of attn_in, attn_out (a head), mlp_in and mlp_out, where no allocation says otherwise."""
+        return self.salient, self.salient_per_head, self.salient, self.salient_down
 
     def _refuse_contradictions(self) -> None:
         """Refuse pairs of values that contradict each other."""

@@ -25,9 +25,9 @@ def checkpoint_parts(source: Source, plan: Plan) -> Parts:
         prefix = source.architecture.block_prefix(index)
         names = [name.removeprefix(prefix) for name in source.block_names(index)]
         for role, module in LINEARS.items():
-            if (f"{module}.bias" in names) != plan.linears[role].bias:
+            if (f"{module}.bias" in names) != plan.blocks[index][role].bias:
                 raise ValueError(f"{source.name}: {prefix}{module} and the first block's differ in whether they have a bias")
-        forms = block_forms(plan, source.architecture, names, source.dtype)
+        forms = block_forms(plan, source.architecture, index, names, source.dtype)
         parts[block_part(index)] = {prefix + name: form for name, form in forms.items()}
     return parts | table_forms(plan, source.architecture, source.dtype)
 

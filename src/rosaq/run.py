@@ -1,6 +1,6 @@
 """A run: what its stages share, what it may take, what tells it from another, and what it reports."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from rosaq.calibration import Calibration
 from rosaq.clock import Clock, Progress
 from rosaq.distributed import Ranks
 from rosaq.learned import BATCH
-from rosaq.memory import estimate, place_activations
+from rosaq.memory import Work, estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
-from rosaq.plan import Plan
+from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe
 from rosaq.source import Source
-from rosaq.statistics import Statistics, calibration_record, check_length, check_windows, compute_dtype, read_windows
+from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
 from rosaq.workfolder import WorkFolder, tensors_hash
 
@@ -30,10 +30,12 @@ class Means:
         max_memory: host memory in bytes that the process may take, so that activations go to disk where they do not
             fit; None: what the machine has free.
         force: start over, whatever an earlier run with this output has done.
+        max_device_memory: memory of a GPU in bytes that PyTorch may take; None: what is free.
     """
 
     max_memory: int | None = None
     force: bool = False
+    max_device_memory: int | None = None
 
 
 @dataclass
@@ -96,14 +98,30 @@ class Run:
     clock: Clock
     progress: Progress
 
-    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
-        """How passes over these windows are run, by the memory there is."""
+    def allocated(self, allocation: str) -> "Run":
+        """The run with the allocation that was found for the recipe's target."""
+        recipe = self.recipe.replace(allocation=allocation)
+        return replace(self, recipe=recipe, plan=make_plan(recipe, self.source.architecture, self.source.biases()))
+
+    def report(self, settings: dict[str, Any], windows: torch.Tensor) -> Report:
+        """The report of the run, with nothing but times and memory to be filled in."""
+        sizes = (self.plan.bits_per_weight, self.plan.checkpoint_bytes, self.plan.original_bytes)
+        kept = {key: value for key, value in settings.items() if key != "statistics"}
+        return Report(self.recipe.to_dict(), calibration_record(kept, windows), torch.device(self.device).type, *sizes, self.clock.seconds)
+
+    def work(self, windows: torch.Tensor) -> Work:
+        """Memory that a run over these windows takes; nothing but their shape is looked at."""
         dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
         mine = own_windows(windows, batch, self.ranks)
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
-        work = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, self.recipe.needs_moments, learning)
-        return Flow(0, self.ranks, place_activations(work, self.device, means.max_memory), folder, self.clock)
+        moments = self.recipe.needs_moments or self.recipe.target_bits > 0
+        return estimate(self.source.architecture, self.device, dtype.itemsize, tokens, moments, learning)
+
+    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
+        """How passes over these windows are run, by the memory there is."""
+        place = place_activations(self.work(windows), self.device, means.max_memory, means.max_device_memory)
+        return Flow(0, self.ranks, place, folder, self.clock)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""
@@ -111,7 +129,6 @@ class Run:
             magnitudes = {f"{i:05d}.{site}": kept.magnitude for i, block in enumerate(calibration.inputs) for site, kept in block.items()}
             return {**calibration.record, "statistics": tensors_hash(magnitudes)}, calibration.windows
         if isinstance(calibration, torch.Tensor):
-            check_length(calibration.shape[1], self.source)
             check_windows(calibration, self.source)
             return calibration_record({"text": "token ids"}, calibration), calibration
         if calibration.text == "self":
@@ -120,7 +137,6 @@ class Run:
         if self.ranks.first:
             with self.clock("text"):
                 windows = read_windows(self.source, calibration, self.device, self.progress)
-                check_windows(windows, self.source)
         windows = self.ranks.agree(windows)
         return calibration_record(calibration.to_dict(), windows), windows
 

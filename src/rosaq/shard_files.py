@@ -120,11 +120,15 @@ class ShardFiles:
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Write the index where there are several shards; hashes and sizes of the shards by name."""
-        if len(self._headers) > 1:
-            write_index(self.folder, {name: place.file.name for name, place in self.places.items()}, self.total_bytes)
+        self.write_index()
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(sha256, [self.folder / name for name in self._headers]))
         return {name: {"sha256": digest, "bytes": size} for (name, (_, size)), digest in zip(self._headers.items(), hashes, strict=True)}
+
+    def write_index(self) -> None:
+        """Write the index where there are several shards."""
+        if len(self._headers) > 1:
+            write_index(self.folder, {name: place.file.name for name, place in self.places.items()}, self.total_bytes)
 
 
 def shard_name(number: int, count: int) -> str:

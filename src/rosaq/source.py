@@ -198,19 +198,35 @@ def open_source(model: str) -> Source:
         return _open_folder(path, model)
     if path.exists():
         raise ValueError(f"{path}: a model is a folder, a .gguf file or a hub id")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_hub_id(model):
         raise ValueError(f"{model}: no such folder or file, and not a hub id of the form owner/name")
-    return _open_folder(_download(model), model)
+    return _open_folder(_download(model, HUB_FILES), model)
 
 
-def _download(repository: str) -> Path:
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named as on the hub, and is nothing that lies here."""
+    path = Path(model).expanduser()
+    return path.suffix != ".gguf" and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+
+
+def read_hub_config(model: str) -> tuple[Any, torch.dtype]:
+    """The transformers config of a model on the hub, of which nothing else is downloaded; and the type that its weights are said to have.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    config = _read_config(_download(model, ["config.json"]), model)
+    return config, getattr(config, "dtype", None) or torch.float16
+
+
+def _download(repository: str, files: list[str]) -> Path:
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=HUB_SECOND_COPIES))
+        return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=HUB_SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{repository}: not a local path, and the hub did not give it: {str(error).splitlines()[0]}") from error
 
 
-def _open_folder(folder: Path, name: str) -> Source:
+def _read_config(folder: Path, name: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json, so this is not a model folder")
     raw = read_json(folder / "config.json")
@@ -220,9 +236,13 @@ def _open_folder(folder: Path, name: str) -> Source:
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'}: no model_type, so this is not a transformers model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is wrong
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+
+
+def _open_folder(folder: Path, name: str) -> Source:
+    config = _read_config(folder, name)
     architecture = Architecture.of(config, name)
     tensors = SafetensorsFolder(folder)
     place = tensors.places.get(f"{EMBEDDING}.weight")
@@ -240,8 +260,8 @@ def _open_gguf(path: Path) -> Source:
         if file.read(4) != b"GGUF" or path.stat().st_size < 1024:
             raise ValueError(f"{path}: not a GGUF file, or one cut short")
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install gguf") from error
     except (ValueError, KeyError, OSError, IndexError) as error:
@@ -263,7 +283,7 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
 

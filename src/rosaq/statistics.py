@@ -93,12 +93,11 @@ def measure(
     clock = clock or Clock(device)
     if isinstance(calibration, torch.Tensor):
         windows, settings = calibration, dict[str, Any](text="token ids")
-        check_length(windows.shape[1], source)
+        check_windows(windows, source)
     else:
         settings = calibration.to_dict()
         with clock("text"):
             windows = read_windows(source, calibration, device, progress)
-    check_windows(windows, source)
     flow = Flow(ranks=current_ranks(), clock=clock)
     with clock("activations"):
         passed = collect(source, windows, device, compute_dtype(source, device), progress, flow)
@@ -203,22 +202,33 @@ def compute_dtype(source: Source, device: str) -> torch.dtype:
 
 
 def read_windows(source: Source, calibration: Calibration, device: str, progress: Progress = no_progress) -> torch.Tensor:
-    """The calibration windows (S, T): from a text, or sampled from the model ("self", which loads it whole)."""
+    """The calibration windows (S, T): from a text, or sampled from the model ("self", which loads it whole).
+
+    Raises:
+        ValueError: no text, too little of it, windows longer than the model's context, or tokens that it does not have.
+    """
     check_length(calibration.seq_len, source)
     if calibration.text == "self":
         return sample_windows(full_model(source, torch.bfloat16, device), calibration, progress)
     if source.tokenizer is None:
         raise ValueError(f"{source.name}: no tokenizer, so text cannot be read; calibrate with 'self'")
-    return token_windows(read_documents(calibration.text), source.tokenizer, calibration)
+    windows = token_windows(read_documents(calibration.text), source.tokenizer, calibration)
+    check_windows(windows, source)
+    return windows
+
+
+def check_windows(windows: torch.Tensor, source: Source) -> None:
+    """Refuse windows (S, T) longer than the model's context, and token ids that it does not have.
+
+    Raises:
+        ValueError: says which of the two.
+    """
+    check_length(windows.shape[1], source)
+    if int(windows.max()) >= source.architecture.vocabulary or int(windows.min()) < 0:
+        raise ValueError(f"calibration token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}")
 
 
 def check_length(seq_len: int, source: Source) -> None:
     """Refuse windows longer than the model's context."""
     if seq_len > source.architecture.context:
         raise ValueError(f"seq-len is {seq_len} tokens, but {source.name} has a context of {source.architecture.context}")
-
-
-def check_windows(windows: torch.Tensor, source: Source) -> None:
-    """Refuse token ids that the model does not have."""
-    if int(windows.max()) >= source.architecture.vocabulary or int(windows.min()) < 0:
-        raise ValueError(f"calibration token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}")

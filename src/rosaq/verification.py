@@ -54,7 +54,7 @@ def part_errors(folder: Path, source: Source, device: str, progress: Progress = 
     Raises:
         ValueError: another architecture, or a part whose error is not finite or at least 1; names it.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     a, stored = source.architecture, SafetensorsFolder(folder)
     quantization = RosaqConfig.from_dict(config.quantization_config)
     check_version(quantization.format_version, folder)

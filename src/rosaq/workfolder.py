@@ -25,6 +25,7 @@ from rosaq.distributed import Ranks
 from rosaq.safetensors_folder import raw_bytes, read_json
 
 CHECKPOINT, STATE, LOCK = "checkpoint", "state.json", "lock"
+UNFINISHED = "tmp-"  # begins the name of a file that is being written
 
 
 class WorkFolder:
@@ -89,7 +90,7 @@ class WorkFolder:
             differing = _differences(known, self._identity)
             if differing:
                 raise ValueError(f"{self.path}: belongs to another run: {'; '.join(differing)}; give the same as before, or --force to start over")
-        for unfinished in self.path.glob("tmp-*"):
+        for unfinished in self.path.glob(f"{UNFINISHED}*"):
             unfinished.unlink()
         if not state.exists() and not self.published:
             self.note("state", self._identity)
@@ -155,14 +156,8 @@ class WorkFolder:
         return read_json(path) if path.is_file() else None
 
     def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f"tmp-{self._ranks.rank}-{name}"
         with disk_errors(self.path):
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.path / name)
-            flush(self.path)
+            write_whole(self.path / name, content)
 
     def publish(self) -> None:
         """Give the checkpoint its name, and remove this folder."""
@@ -181,13 +176,23 @@ def work_path(destination: Path) -> Path:
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse an output that exists and is not an empty folder, unless a run has just given it its name."""
+    """Refuse an output that exists and is not an empty folder, unless a run has just given it its name.
+
+    A link or a mount point is refused too: the finished folder is renamed to its place, which neither can be.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    if destination.is_symlink():
+        raise ValueError(f"{destination}: output is a symbolic link, not a folder; name the folder itself")
+    if os.path.ismount(destination):
+        raise ValueError(f"{destination}: output is a mount point; name a folder inside it")
     if destination.is_dir():
         work = work_path(destination)
         only_to_clean = work.is_dir() and not (work / CHECKPOINT).exists()
         if any(destination.iterdir()) and not only_to_clean:
             raise ValueError(f"{destination}: output folder is not empty; name another or empty it")
-    elif destination.exists() or destination.is_symlink():
+    elif destination.exists():
         raise ValueError(f"{destination}: output is not a folder")
 
 
@@ -207,6 +212,21 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file at once: a reader sees the whole of it or what was there before, and it survives a crash.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = file.with_name(f"{UNFINISHED}{os.getpid()}-{file.name}")
+    with partial.open("wb") as unfinished:
+        unfinished.write(content)
+        unfinished.flush()
+        os.fsync(unfinished.fileno())
+    partial.rename(file)
+    flush(file.parent)
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:

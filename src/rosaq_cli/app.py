@@ -24,24 +24,27 @@ from rosaq_cli.screen import errors
 from rosaq_cli.serve import SETTINGS, serve
 from rosaq_cli.verify import verify
 
+QUANTIZE, MEASURE, RUN = "Quantize", "Check and measure", "Run"
+EPILOG = "Exit codes: 0 done; 1 something given is wrong; 2 so is the command line; 130 interrupted; 143 terminated."
 app = typer.Typer(
     help="Quantize language models to 3 and 4 bits with rotation-based saliency (ROSAQ), and run them.",
+    epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode="rich",
 )
-app.command(rich_help_panel="Quantize")(quantize)
-app.command(rich_help_panel="Quantize")(distill)
-app.command(rich_help_panel="Quantize")(recipes)
-app.command(rich_help_panel="Quantize")(verify)
-app.command(rich_help_panel="Run and measure")(evaluate)
-app.command(rich_help_panel="Run and measure")(compare)
-app.command(rich_help_panel="Run and measure")(inspect)
-app.command(rich_help_panel="Run and measure")(generate)
-app.command(rich_help_panel="Run and measure", context_settings=SETTINGS)(serve)
-app.command(rich_help_panel="Run and measure")(export)
-app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Run and measure")
+app.command(rich_help_panel=QUANTIZE, short_help="Make a checkpoint of a model; --plan: only say what it takes.")(quantize)
+app.command(rich_help_panel=QUANTIZE, short_help="Train what a checkpoint keeps precise, for the same bits.")(distill)
+app.command(rich_help_panel=QUANTIZE, short_help="List the recipes, with their bits per weight.")(recipes)
+app.command(rich_help_panel=MEASURE, short_help="Check a checkpoint's hashes, shapes and values.")(verify)
+app.command(rich_help_panel=MEASURE, short_help="Perplexity, divergence from the original, zero-shot tasks.")(evaluate)
+app.command(rich_help_panel=MEASURE, short_help="Several recipes on one model, in one table.")(compare)
+app.command(rich_help_panel=MEASURE, short_help="Activations before and after rotation, errors by layer.")(inspect)
+app.add_typer(benchmark.app, name="benchmark", rich_help_panel=MEASURE, short_help="Time kernels, decoding, quantizing.")
+app.command(rich_help_panel=RUN, short_help="Continue a prompt.")(generate)
+app.command(rich_help_panel=RUN, short_help="Serve a checkpoint with vLLM over the OpenAI protocol.", context_settings=SETTINGS)(serve)
+app.command(rich_help_panel=RUN, short_help="Write a checkpoint for engines that do not know rosaq.")(export)
 
 
 def _version(show: bool) -> None:

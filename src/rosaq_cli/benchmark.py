@@ -1,6 +1,8 @@
 """`rosaq benchmark`: measurements against peers in the same run."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ def benchmark() -> None:
 def kernels(
     peers: Annotated[bool, typer.Option(help="Also time cuBLAS and, where vLLM is installed, Marlin and Machete.")] = True,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
-    json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON after the table.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON; the table goes to standard error.")] = False,
 ) -> None:
     """Time one linear layer on the GPU: microseconds, ratio to the best peer, share of the memory or arithmetic limit."""
     import torch
@@ -31,7 +33,8 @@ def kernels(
         raise ValueError(f"dtype {dtype!r}; allowed are float16, bfloat16")
     if not torch.cuda.is_available():
         raise ValueError("rosaq benchmark kernels times GPU kernels, and PyTorch sees no CUDA GPU here")
-    rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
+    with contextlib.redirect_stdout(sys.stderr if json_output else sys.stdout):
+        rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
     if json_output:
         show_json({"rows": rows})
 
@@ -51,6 +54,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Host memory to stay under, such as 8GiB.", show_default="what is free")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Time quantization from shards on disk to a checkpoint on disk: random weights of a real shape, each stage's share.
 
@@ -67,7 +71,7 @@ def quantize(
     case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
     with joined(device) as own_device:
         first = current_ranks().first
-        with stage_bars(json_output or not first) as progress:
+        with stage_bars(quiet or json_output or not first) as progress:
             figures = benchmark_quantize(case, folder, chosen, resolve_device(own_device), means, progress)
     if first and json_output:
         show_json(figures)
@@ -107,8 +111,9 @@ def decode(
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that vLLM spreads a model over.")] = 1,
     repeats: Annotated[int, typer.Option(help="Runs of each pair.")] = 2,
     eager: Annotated[bool | None, typer.Option(help="vLLM without CUDA graphs and compiler.", show_default="on the CPU only")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line for each case while they run.")] = False,
 ) -> None:
     """Time decoding by the paper's protocol: milliseconds per step, and speed against FP16 and the best 4-bit peer."""
     import torch
@@ -124,13 +129,14 @@ def decode(
     if "vllm" in engine and not vllm_installed():
         raise ValueError("vLLM is not installed in this environment; install it (pip install 'rosaq[vllm]') or give --engine transformers")
 
-    def told(timing: Timing) -> None:
+    def told(timing: Timing, so_far: dict[str, Any]) -> None:
         what = timing.failure or ", ".join(f"{pair}: {step:.2f} ms" for pair, step in timing.steps_ms.items())
-        errors.print(f"{timing.engine} {timing.weights}: {what}", markup=False, highlight=False, soft_wrap=True)
+        if not quiet:
+            errors.print(f"{timing.engine} {timing.weights}: {what}", markup=False, highlight=False, soft_wrap=True)
+        if output is not None:  # after each case, so that a run that is stopped keeps what it has
+            output.write_text(json.dumps(so_far, indent=2) + "\n", encoding="utf-8")
 
     result = benchmark_decoding(model, chosen, settings, engine, weights or ["fp16", "rosaq", *(["machete", "marlin"] if cuda else ["w4a16"])], told)
-    if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if json_output:
         show_json(result)
     else:

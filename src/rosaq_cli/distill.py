@@ -15,8 +15,10 @@ def distill(
     calibration: Annotated[str, typer.Option(help="Text to train on, as for quantize.")] = "pile",
     samples: Annotated[int, typer.Option(help="Windows to train on; 8 more are held out.")] = 400,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    epochs: Annotated[int, typer.Option(help="Times that every window is seen.")] = 4,
-    learning_rates: Annotated[str, typer.Option(help="Of scales, salient weights and norms; 0 leaves a part alone.")] = "1e-3,5e-5,1e-3",
+    epochs: Annotated[int, typer.Option(help="Passes over all windows.")] = 4,
+    learning_rates: Annotated[
+        str, typer.Option(help="Of scales, salient weights, norms and codes, per step; 0 leaves a part alone.")
+    ] = "1e-3,5e-5,1e-3,0",
     seed: Annotated[int, typer.Option(help="Seed of the choice of text and of the order of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -24,8 +26,8 @@ def distill(
 ) -> None:
     """Train what a checkpoint keeps precise against its original, for the same bits.
 
-    Group scales, salient weights and norm weights are trained on KL(original || checkpoint); codes stay as they are, and
-    so does the format. The original and the checkpoint are loaded whole.
+    Group scales, salient weights, norm weights and, with a learning rate, codes are trained on KL(original || checkpoint);
+    the format stays as it is. The original and the checkpoint are loaded whole.
     """
     from rosaq import Calibration
     from rosaq.distillation import Settings
@@ -47,9 +49,9 @@ def distill(
         results.print(f"{len(report.losses)} steps; training took {report.seconds['training']:.1f} s", highlight=False, soft_wrap=True)
 
 
-def _rates(text: str) -> tuple[float, float, float]:
+def _rates(text: str) -> tuple[float, float, float, float]:
     try:
-        scales, salient, norms = (float(part) for part in text.split(","))
+        scales, salient, norms, codes = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--learning-rates is {text!r}; it takes three numbers separated by commas, such as 1e-3,5e-5,1e-3") from error
-    return scales, salient, norms
+        raise ValueError(f"--learning-rates is {text!r}; it takes four numbers separated by commas, such as 1e-3,5e-5,1e-3,0") from error
+    return scales, salient, norms, codes

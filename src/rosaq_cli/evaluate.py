@@ -19,9 +19,9 @@ def evaluate(
         str | None,
         typer.Option(help="Separated by commas: wikitext2, csr, mmlu, a single task of csr such as piqa, or a text file.", show_default=WIKITEXT2),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to predict, as one more task.", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with wiki.test.raw and the tasks' .jsonl files, not the hub.", show_default=False)] = None,
-    against: Annotated[str | None, typer.Option(help="Original model: adds KL divergence and top-1 agreement.", show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to predict, as one more task.", show_default="none")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of wiki.test.raw and the tasks' .jsonl files.", show_default="the hub")] = None,
+    against: Annotated[str | None, typer.Option(help="Original model: adds KL divergence and top-1 agreement.", show_default="none")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window of a text.")] = 2048,
     every: Annotated[int, typer.Option(help="Use every so many-th window of a text only.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Use the first so many windows, and questions of each task.", show_default="all")] = None,
@@ -98,7 +98,8 @@ def _check_counts(options: dict[str, int | None]) -> None:
 
 
 def _read(name: str, data: Path | None) -> str:
-    from rosaq.evaluation.perplexity import read_text, read_wikitext2
+    from rosaq.evaluation.perplexity import read_wikitext2
+    from rosaq.text_files import read_text
 
     return read_wikitext2(data) if name == WIKITEXT2 else read_text(Path(name))
 

@@ -12,13 +12,13 @@ from rosaq_cli.screen import results, show_json, show_table, silence_transformer
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, local Hugging Face folder, or .gguf file.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON, plots and one HTML page.", show_default=False)],
-    checkpoint: Annotated[Path | None, typer.Option(help="rosaq checkpoint of the model: adds each layer's errors.", show_default=False)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="rosaq checkpoint of the model: adds each layer's errors.", show_default="none")] = None,
     calibration: Annotated[str | None, typer.Option(help="As for quantize.", show_default="the checkpoint's, or pile")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows; a checkpoint's own calibration has its own.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window, likewise.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the choice of text, likewise.")] = 0,
     salient: Annotated[int, typer.Option(help="Channels counted as leading.")] = 128,
-    salient_per_head: Annotated[int, typer.Option(help="The same of each head of o.")] = 32,
+    salient_per_head: Annotated[int, typer.Option(help="Channels of each head of o counted as leading.")] = 32,
     top: Annotated[int, typer.Option(help="Channels of the table.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -27,7 +27,7 @@ def inspect(
     """Look at activations before and after rotation, and at what a checkpoint loses in each layer.
 
     Writes the paper's Table 8 and Figure 2 for this model, the eigenvalues of every site, the share of energy in the
-    leading channels, and with --checkpoint the relative errors of weights and outputs. The model is loaded whole.
+    leading channels, and with --checkpoint the relative errors of weights and outputs.
     """
     from rosaq import Calibration
     from rosaq.inspection.page import TABLE_HEAD, table8, write

@@ -10,9 +10,10 @@ from rosaq_cli.screen import results, show_json, show_table, stage_bars
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a rosaq checkpoint.", show_default=False)],
-    against: Annotated[str | None, typer.Option(help="Original model: adds the error of every block.", show_default=False)] = None,
+    against: Annotated[str | None, typer.Option(help="Original model: adds the error of every block.", show_default="none")] = None,
     device: Annotated[str, typer.Option(help="For --against: auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Check a checkpoint's files against their recorded hashes, its tensors against its config, and that they are finite.
 
@@ -28,7 +29,7 @@ def verify(
         from rosaq.source import open_source
         from rosaq.verification import part_errors
 
-        with stage_bars(json_output) as progress:
+        with stage_bars(quiet or json_output) as progress:
             parts = part_errors(checkpoint, open_source(against), resolve_device(device), progress)
     if json_output:
         show_json({"format_version": manifest["format_version"], "files": manifest["files"], "errors": [vars(part) for part in parts]})

@@ -4,7 +4,8 @@ One JSON request a line on standard input, one JSON answer a line on standard ou
 command line; "ranks", how many processes run it together (default 1); "rank", which of them the fault strikes;
 "at", the number of the disk operation that it strikes at (from 1); "fault", what happens then: a signal's name (with
 SIGKILL, a write has been half done), ["truncate", FILE, BYTES] or ["remove", FOLDER]; "after", seconds after which
-SIGKILL comes; "file_bytes", the largest file that can be written. The answer has "codes", "errors" and "operations".
+SIGKILL comes; "file_bytes", the largest file that can be written. The answer has "codes", "errors",
+"operations" and "peak_bytes", of resident memory.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -77,6 +79,9 @@ def child(request, rank, folder, port):
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
+    except BaseException:  # noqa: BLE001  (a child must not go on as a second server)
+        traceback.print_exc()
+        sys.stderr.flush()
     os._exit(99)
 
 
@@ -97,9 +102,11 @@ def serve(request):
             time.sleep(request["after"])
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        ended = [os.wait4(pid, 0) for pid in children]
+        codes, peaks = [os.waitstatus_to_exitcode(status) for _, status, _ in ended], [1024 * usage.ru_maxrss for _, _, usage in ended]
         errors = [(folder / f"err{rank}").read_text() for rank in range(len(children))]
-        return {"codes": codes, "errors": errors, "operations": [int((folder / f"count{rank}").read_text() or 0) for rank in range(len(children))]}
+        operations = [int((folder / f"count{rank}").read_text() or 0) for rank in range(len(children))]
+        return {"codes": codes, "errors": errors, "operations": operations, "peak_bytes": peaks}
 
 
 if __name__ == "__main__":

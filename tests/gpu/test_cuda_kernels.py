@@ -74,7 +74,7 @@ def test_every_way_to_cut_a_launch_gives_the_same_product(tokens: int) -> None:
     ways = (shapes.decode_shapes if tokens <= shapes.DECODE_TOKENS else shapes.batch_shapes)(prepared.form, tokens)
     for shape in ways:
         y = torch.full((tokens, 400), float("nan"), device="cuda", dtype=torch.float16)
-        cuda.launch(x, y, cuda.weights_of(prepared), prepared.form, shape)
+        cuda.launch(x, y, prepared.weights, prepared.form, shape)
         assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[torch.float16], shape
 
 

@@ -5,13 +5,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rosaq import Calibration, load_recipe, measure, open_source, quantize
+from rosaq import Calibration, Means, load_recipe, measure, open_source, quantize
+from rosaq.kernels.reference import dequantize
+from rosaq.layout import LinearLayout
+from rosaq.rounding.linear import Rounding, quantize_linear
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-int3", "rosaq-paper-per-layer", "mixed", "rtn", "quarot", "quarot-gptq", "quarot-r4"])
+@pytest.mark.parametrize("name", ["rosaq-paper", "rosaq-nearest", "rosaq-paper-per-layer", "mixed", "rtn", "quarot", "quarot-gptq", "quarot-r4"])
 def test_the_gpu_makes_the_cpus_checkpoint(name, saved, text_file, tmp_path):
     source = open_source(str(saved("llama-biased")))
     recipe = load_recipe(name)
@@ -32,7 +35,7 @@ def test_the_gpu_makes_the_cpus_checkpoint(name, saved, text_file, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_the_gpu_stays_near_float32(dtype, saved, text_file, tmp_path):
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
+    recipe = load_recipe("rosaq-nearest").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
     quantize(str(saved("llama")), tmp_path / "out", recipe, Calibration(str(text_file), 4, 32), "cuda")
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cuda")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, device_map="cuda")
@@ -54,3 +57,34 @@ def test_rotations_are_learned_on_the_gpu_the_same_every_time(name, saved, tmp_p
     assert learning[0] == learning[1]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert learning[0]["held_out_after"] < learning[0]["held_out_before"] and learning[0]["orthogonality_error"] < 1e-12
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_rounds_on_the_gpu_as_on_the_cpu(act_order):
+    """Groups of two lengths: all but a few codes at the border of a step are equal."""
+    generator = torch.Generator().manual_seed(0)
+    layout = LinearLayout(24, 320, 4, 64, blocks=2, salient=16)  # groups of 64, 64, 16 in each block
+    for seed in (0, 1):
+        weight = torch.randn(24, 320, generator=generator)
+        x = torch.randn(2000, 40, generator=generator) @ torch.randn(40, 320, generator=generator) + 0.3 * torch.randn(2000, 320, generator=generator)
+        moment, rounding = x.T @ x / len(x), Rounding(gptq=True, act_order=act_order)
+        cpu = dequantize(layout, quantize_linear(weight, layout, None, moment, rounding))
+        gpu = dequantize(layout, {k: v.cpu() for k, v in quantize_linear(weight.cuda(), layout, None, moment.cuda(), rounding).items()})
+        assert float((cpu != gpu).float().mean()) < 0.05, seed
+        losses = [float(((weights - weight) @ moment * (weights - weight)).sum()) for weights in (cpu, gpu)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_bound_on_the_gpus_memory_holds(saved, text_file, tmp_path):
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4)
+    model, text = str(saved("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=3)), Calibration(str(text_file), 64, 64)
+    torch.cuda.empty_cache()
+    with pytest.raises(ValueError, match=r"cuda: out of memory with .* GiB held: max-device-memory is 0.02 GiB"):
+        quantize(model, tmp_path / "out", recipe, text, "cuda", means=Means(max_device_memory=20 << 20))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    report = quantize(model, tmp_path / "out", recipe, text, "cuda", means=Means(max_device_memory=1 << 30))
+    assert 0 < report.peak_device_bytes <= torch.cuda.max_memory_reserved() <= 1 << 30
+    quantize(model, tmp_path / "free", recipe, text, "cuda")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "free")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -2,8 +2,10 @@
 
 The environment variable ROSAQ_TEST_CHECKPOINT names the folder of a quantized model with its tokenizer. Perplexity is that of this
 repository's own pages and sources, in windows of 512 tokens; greedy tokens are compared as `tests/vllm/test_serving.py` does it.
+Cases take little memory, so that several can run side by side on one GPU.
 """
 
+import copy
 import json
 import math
 import os
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from rosaq import Recipe, quantize
+from rosaq.engines.loading import load_model
 from rosaq.engines.serving import vllm_installed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
@@ -47,12 +51,38 @@ def windows(checkpoint):
     return ids[: WINDOW * WINDOWS].view(WINDOWS, WINDOW)
 
 
+def with_even_heads(checkpoint, windows, folder):
+    """A checkpoint whose heads two GPUs can share: where the number is odd, one more key-value head whose outputs nobody reads."""
+    model, tokenizer = load_model(str(checkpoint), "cpu", "float16", weights="dense")
+    config, size = copy.deepcopy(model.config), model.config.head_dim
+    if config.num_key_value_heads % 2 == 0:
+        return checkpoint
+    recipe = Recipe.from_dict(json.loads((checkpoint / "config.json").read_text())["quantization_config"]["recipe"])
+    group = config.num_attention_heads // config.num_key_value_heads
+    config.num_attention_heads, config.num_key_value_heads = config.num_attention_heads + group, config.num_key_value_heads + 1
+    tensors = model.state_dict()
+    for name, tensor in tensors.items():
+        for role, heads in (("q_proj", group), ("k_proj", 1), ("v_proj", 1), ("o_proj", -group)):
+            if role in name:
+                padding = [0, 0, 0, heads * size] if heads > 0 else [0, -heads * size]
+                tensors[name] = torch.nn.functional.pad(tensor, padding)
+    even = LlamaForCausalLM(config).half()
+    even.load_state_dict(tensors)
+    even.save_pretrained(folder / "even")
+    tokenizer.save_pretrained(folder / "even")
+    quantize(str(folder / "even"), folder / "even-rosaq", recipe, windows, "cuda")
+    return folder / "even-rosaq"
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_perplexity_and_greedy_tokens_equal_transformers(checkpoint, windows, case, tmp_path):
     options, tolerance, gap, ties = CASES[case]
-    if torch.cuda.device_count() < options.get("tensor_parallel_size", 1):
+    ranks = options.get("tensor_parallel_size", 1)
+    if torch.cuda.device_count() < ranks:
         pytest.skip("needs two GPUs")
-    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.5, **options}
+    if ranks > 1:
+        checkpoint = with_even_heads(checkpoint, windows, tmp_path)
+    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, **options}
     job = {"folder": str(checkpoint), "options": options, "prompts": windows.tolist(), "new_tokens": NEW_TOKENS}
     (tmp_path / "job").write_text(json.dumps(job))
     done = subprocess.run(

@@ -11,9 +11,14 @@ from rosaq import Calibration, load_recipe, quantize
 
 pytestmark = pytest.mark.vllm
 BLOCK = "model.layers.1."
-CASES = {  # family and recipe: biases and INT8 salient channels; three bits; a gather of the inputs
-    "biased": ("llama-biased", "rosaq-int4", dict(salient=16, salient_per_head=4)),
-    "int3": ("qwen3", "rosaq-int3", dict(salient=16, salient_per_head=3)),
+CASES = {  # family and recipe: biases and INT8 salient channels, of W_down too; three bits; bits where they count; a gather of the inputs
+    "biased": ("llama-biased", "rosaq-int4", dict(salient=16, salient_per_head=4, salient_down=16)),
+    "int3": ("qwen3", "rosaq-nearest", dict(bits=3, salient=16, salient_per_head=3)),
+    "allocated": (  # each site of each block in a form of its own
+        "llama",
+        "rosaq-int4",
+        dict(salient=16, salient_per_head=4, salient_down=32, allocation="4:16:16,4:4:16,3:8:32,4:32:16 3:8:16,4:0:16,4:0:32,3:32:16"),
+    ),
     "ordered": ("mistral", "mixed", dict(salient=16, salient_per_head=4)),
 }
 
@@ -85,7 +90,7 @@ def make(role, config, biased):
     return {
         "qkv": lambda: QKVParallelLinear(48, 16, 4, 2, prefix=BLOCK + "self_attn.qkv_proj", **linear),
         "gate_up": lambda: MergedColumnParallelLinear(48, [96, 96], prefix=BLOCK + "mlp.gate_up_proj", **linear),
-        "o": lambda: RowParallelLinear(64, 48, prefix=BLOCK + "self_attn.o_proj", reduce_results=False, skip_bias_add=True, **linear),
+        "o": lambda: RowParallelLinear(64, 48, prefix=BLOCK + "self_attn.o_proj", **linear),  # nothing to sum over: one process
         "down": lambda: RowParallelLinear(96, 48, prefix=BLOCK + "mlp.down_proj", reduce_results=False, skip_bias_add=True, **linear),
         "lm_head": lambda: ParallelLMHead(97, 48, prefix="lm_head", **common),
         "embedding": lambda: VocabParallelEmbedding(97, 48, **common),
@@ -149,10 +154,23 @@ def test_every_layer_of_every_rank(engine, checkpoint, play, case):
                 sums["embedding"] += table.quant_method.embedding(table, local * inside) * inside[..., None]
             for role, width in (("o", 64), ("down", 96)):
                 module = expected[role][0]
-                bias = module.bias.float() if biased else 0.0
+                bias = module.bias.float() if biased and role == "down" else 0.0  # of o, rank 0 has added it
                 assert (role == "down" and ranks == 4) or close(sums[role] + bias, module(x[width]))
             assert close(torch.cat(logits, -1)[..., :97], model.lm_head(x[48]))
             assert torch.equal(sums["embedding"], model.model.embed_tokens(ids))
+
+
+def test_launches_overlap_unless_the_engine_was_told_otherwise(engine, checkpoint):
+    from vllm.config import get_current_vllm_config
+
+    config, options = vllm_config(checkpoint("int3")), get_current_vllm_config().compilation_config.inductor_compile_config
+    for given, wanted in (({}, True), ({"triton.enable_pdl": False}, False)):
+        options.pop("triton.enable_pdl", None)
+        options.update(given)
+        make("gate_up", config, False)
+        assert options["triton.enable_pdl"] is wanted
+        with torch._inductor.config.patch(options):  # a name that Inductor knows
+            assert torch._inductor.config.triton.enable_pdl is wanted
 
 
 def test_what_never_came_is_named(engine, checkpoint):
@@ -179,7 +197,7 @@ def test_a_local_checkpoint_is_checked_whole(engine, checkpoint):
 def test_a_rank_count_that_does_not_divide_is_refused(engine, checkpoint, play):
     config = vllm_config(checkpoint("biased"))
     play(0, 4)
-    with pytest.raises(ValueError, match=r"mlp.down_proj: its 96 inputs in groups of 16 cannot be cut into 4 parts; .* are 1, 2, 3, 6$"):
+    with pytest.raises(ValueError, match=r"mlp.down_proj: its 96 inputs in groups of 16 cannot be cut into 4 parts; .* are 1, 2, 3$"):
         make("down", config, True)
 
 

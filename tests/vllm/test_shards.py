@@ -65,9 +65,11 @@ def test_joined_shares_of_outputs_are_the_rows_of_the_whole(form, ranks):
 
 
 @pytest.mark.parametrize("form", [dict(bits=4), dict(bits=3)])
-@pytest.mark.parametrize(("blocks", "salient", "parts"), [(6, 4, 2), (6, 4, 3), (6, 0, 6), (1, 0, 3), (1, 0, 6)])
-def test_shares_of_inputs_are_columns_of_the_whole(form, blocks, salient, parts):
+@pytest.mark.parametrize(("blocks", "salient", "parts"), [(6, 4, 2), (6, 4, 3), (6, 0, 6), (1, 0, 3), (1, 0, 6), (1, 16, 3), (1, 32, 2)])
+@pytest.mark.parametrize("salient_bits", [8, 16])
+def test_shares_of_inputs_are_columns_of_the_whole(form, blocks, salient, parts, salient_bits):
     """Heads of 16 channels of which 12 are quantized, so that 3-bit shares begin within a word; groups of 16 otherwise."""
+    form = {**form, "salient_bits": salient_bits}
     layout = LinearLayout(10, 96, group_size=16, blocks=blocks, salient=salient, **form)
     tensors = stored(layout)
     expected = weight(layout, tensors).chunk(parts, dim=1)
@@ -91,7 +93,9 @@ def test_padding_of_a_vocabulary_computes_zero():
         (LinearLayout(8, 96, 4, 16, blocks=6, salient=4), [1, 2, 3, 6]),
         (LinearLayout(8, 96, 4, 16), [1, 2, 3, 6]),
         (LinearLayout(8, 96, 4, 64), [1]),
-        (LinearLayout(8, 96, 4, 16, salient=16), [1]),
+        (LinearLayout(8, 96, 4, 16, salient=16), [1, 2, 3]),
+        (LinearLayout(8, 96, 4, 16, salient=8), [1]),
+        (LinearLayout(8, 96, 4, 16, ordered=True), [1]),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do(layout, allowed):

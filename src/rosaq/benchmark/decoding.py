@@ -107,7 +107,7 @@ def benchmark_decoding(
     settings: Settings,
     engines: Sequence[str] = ("vllm", "transformers"),
     weights: Sequence[str] = ("fp16", "rosaq", "machete", "marlin"),
-    done: Callable[[Timing], None] = lambda timing: None,
+    done: Callable[[Timing, dict[str, Any]], None] = lambda timing, result: None,
 ) -> dict[str, Any]:
     """Time every engine with every way of storing weights.
 
@@ -117,7 +117,7 @@ def benchmark_decoding(
         settings: what is the same for all.
         engines: of `ENGINES`. Peers at 4 bits are timed in vLLM only.
         weights: of `WEIGHTS`.
-        done: called with each timing when it is there.
+        done: called with each timing when it is there, and the result so far.
 
     Returns:
         JSON-able: settings, one row per case and pair with DecodeSpeed and Throughput in tokens per second and, in its own engine,
@@ -134,13 +134,17 @@ def benchmark_decoding(
     if longest > config.max_position_embeddings:
         raise ValueError(f"{model}: a context of {config.max_position_embeddings} tokens is too short for {longest}; give pairs of fewer tokens")
     with tempfile.TemporaryDirectory(prefix="rosaq-decode-") as scratch:
-        timings = []
+        timings: list[Timing] = []
         for engine in engines:
             for kind in weights:
                 if engine == "vllm" or kind not in PEERS:
                     case = _case(engine, kind, model, recipe, settings, Path(scratch))
                     timings.append(_time(case, settings, Path(scratch)))
-                    done(timings[-1])
+                    done(timings[-1], _result(model, recipe, settings, timings))
+    return _result(model, recipe, settings, timings)
+
+
+def _result(model: str, recipe: Recipe, settings: Settings, timings: Sequence[Timing]) -> dict[str, Any]:
     failures = [{"engine": t.engine, "weights": t.weights, "failure": t.failure} for t in timings if t.failure]
     return {"model": model, "recipe": recipe.name, "settings": asdict(settings), "rows": rows(timings), "failures": failures}
 

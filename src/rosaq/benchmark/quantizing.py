@@ -7,6 +7,8 @@ does not grow with the blocks is counted once.
 
 import os
 import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from rosaq.distributed import current_ranks
 from rosaq.pipeline import quantize
 from rosaq.recipe import Recipe
 from rosaq.run import Means
+from rosaq.safetensors_folder import Place, write_at
 from rosaq.shard_files import ShardFiles
+from rosaq.workfolder import flush
 
 NAMES = ("tiny", *(name for name, sizes in SHAPES.items() if sizes["model_type"] == "llama"))  # no biases: `make_model` writes none
-ONCE = ("open", "text", "rotation")  # stages that take as long for a part of the blocks as for all
+ONCE = ("open", "text", "embedding", "rotation", "tables")  # stages that take as long for a part of the blocks as for all
+WRITERS = 8  # tensors of a model that is made are written at the same time
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,34 @@ def make_model(shape: str, layers: int, folder: Path, device: str, progress: Pro
     shards = ShardFiles(folder, forms)
     if (folder / "config.json").is_file():
         return
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shards.create()
-    generator = torch.Generator(device=device).manual_seed(0)
-    for done, (name, (size, _)) in enumerate(forms.items(), 1):
-        if len(size) == 1:
-            tensor = 0.5 + torch.rand(size, generator=generator, device=device)
-        else:
-            tensor = torch.randn(size, generator=generator, device=device) * size[1] ** -0.5
-        if name == f"{EMBEDDING}.weight":
-            tensor[:, : a.hidden // 32] *= 8
-        shards.write({name: tensor.to(dtype)})
-        progress("making the model", done, len(forms))
-    shards.finish()
+    generator, writing = torch.Generator(device=device).manual_seed(0), deque[Future[None]]()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for done, (name, (size, _)) in enumerate(forms.items(), 1):
+            if len(size) == 1:
+                tensor = 0.5 + torch.rand(size, generator=generator, device=device)
+            else:
+                tensor = torch.randn(size, generator=generator, device=device) * size[1] ** -0.5
+            if name == f"{EMBEDDING}.weight":
+                tensor[:, : a.hidden // 32] *= 8
+            if len(writing) == WRITERS:
+                writing.popleft().result()
+            writing.append(pool.submit(_write, shards.places[name], tensor.to(dtype)))
+            progress("making the model", done, len(forms))
+        for future in writing:
+            future.result()
+        list(pool.map(flush, {place.file for place in shards.places.values()}))
+    shards.write_index()
     config.save_pretrained(folder)
+
+
+def _write(place: Place, tensor: torch.Tensor) -> None:
+    handle = os.open(place.file, os.O_WRONLY)
+    try:
+        write_at(handle, tensor.cpu(), place.start)
+    finally:
+        os.close(handle)
 
 
 def drop_from_cache(folder: Path) -> None:

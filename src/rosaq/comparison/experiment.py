@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rosaq.calibration import Calibration
+from rosaq.checkpoint import is_checkpoint
 from rosaq.evaluation.perplexity import WIKITEXT2_FILE, WINDOW
 from rosaq.recipe import Recipe
-from rosaq.safetensors_folder import first_row, raw_bytes
+from rosaq.safetensors_folder import first_row, raw_bytes, read_json
+from rosaq.shard_files import sha256
 from rosaq.source import Source
 from rosaq.version import __version__
 
@@ -19,22 +21,36 @@ TASKS = (PERPLEXITY, "csr", "mmlu")
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: a recipe with its bits and calibration seed, or the original model.
+    """One thing to measure: a recipe with its bits and calibration seed, a checkpoint that is there, or the original model.
 
     Attributes:
-        recipe: what to quantize by; None for the original.
+        recipe: what to quantize by, or what the checkpoint was; None for the original.
         seed: of the calibration text; None for the original.
         tasks: what it is evaluated on.
+        checkpoint: folder of the checkpoint, where one is there.
     """
 
     recipe: Recipe | None
     seed: int | None
     tasks: tuple[str, ...]
+    checkpoint: Path | None = None
 
     @property
     def name(self) -> str:
         """Name of its file, without the suffix."""
-        return "original" if self.recipe is None else f"{self.recipe.name}.int{self.recipe.bits}.seed{self.seed}"
+        if self.recipe is None:
+            return "original"
+        if self.checkpoint is not None:
+            return f"checkpoint.{self.checkpoint.name}"
+        return f"{self.recipe.name}.{'target' if self.recipe.target_bits else f'int{self.recipe.bits}'}.seed{self.seed}"
+
+    @property
+    def row(self) -> tuple[int, str]:
+        """Bits (16: the original, 0: 3 and 4 in one model) and method of its row in the table, which its other seeds share."""
+        if self.recipe is None:
+            return 16, "original"
+        bits = 0 if self.recipe.target_bits or self.recipe.allocation else self.recipe.bits
+        return bits, self.recipe.name if self.checkpoint is None else re.sub(r"-seed\d+$", "", self.checkpoint.name)
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Experiment:
 
     Attributes:
         model: hub id, local folder or `.gguf` file.
-        recipes: the rows; their own `bits` do not matter.
+        recipes: the rows; their own `bits` do not matter, and `bits` not to those with a target.
         bits: each recipe is run at each of these.
         seeds: of the calibration text; each recipe is run with each.
         tasks: out of TASKS.
@@ -54,6 +70,8 @@ class Experiment:
         windows: use the first so many windows only.
         documents: use the first so many documents of each other task only.
         dtype: type that models are evaluated in.
+        divergence: measure KL divergence from the original and top-1 agreement, too; the original then stays loaded.
+        checkpoints: folders of checkpoints of this model that are rows too, by their names without "-seedN".
 
     Raises:
         ValueError: an empty or repeated choice, or one that is not allowed; names it.
@@ -71,6 +89,8 @@ class Experiment:
     windows: int | None = None
     documents: int | None = None
     dtype: str = "auto"
+    divergence: bool = False
+    checkpoints: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what would give no table, or two cells of one name."""
@@ -95,8 +115,9 @@ class Experiment:
         cells = [Cell(None, None, self.tasks)]
         for seed in sorted(self.seeds, key=lambda seed: seed not in full):
             tasks = self.tasks if seed in full else tuple(task for task in self.tasks if task == PERPLEXITY)
-            cells += [Cell(recipe.replace(bits=bits), seed, tasks) for bits in self.bits for recipe in self.recipes if tasks]
-        return cells
+            own = [recipe.replace(bits=bits) for bits in self.bits for recipe in self.recipes if not recipe.target_bits]
+            cells += [Cell(recipe, seed, tasks) for recipe in (*own, *(recipe for recipe in self.recipes if recipe.target_bits)) if tasks]
+        return cells + [_checkpoint_cell(folder, self.tasks) for folder in self.checkpoints]
 
     def calibrated(self, seed: int) -> Calibration:
         """The calibration of one seed."""
@@ -118,7 +139,17 @@ class Experiment:
             "documents": self.documents,
             "dtype": self.dtype,
             "data": "hub" if self.data is None else file_sha256(self.data / WIKITEXT2_FILE),
+            **({"divergence": True} if self.divergence else {}),
         }
+
+
+def _checkpoint_cell(folder: Path, tasks: tuple[str, ...]) -> Cell:
+    """The cell of a checkpoint that is there."""
+    folder = folder.expanduser().absolute()
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
+    config = read_json(folder / "config.json")["quantization_config"]
+    return Cell(Recipe.from_dict(config["recipe"], str(folder)), config["calibration"].get("seed"), tasks, folder)
 
 
 def model_name(model: str) -> str:
@@ -138,13 +169,16 @@ def fingerprint(source: Source) -> str:
 
 def file_sha256(path: Path) -> str | None:
     """SHA-256 of a file; None where there is none, such as for a calibration text that has a name."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256(path) if path.is_file() else None
 
 
-def sized(recipe: Recipe, group_size: int | None = None, salient: int | None = None, salient_per_head: int | None = None) -> Recipe:
+def sized(
+    recipe: Recipe, group_size: int | None = None, salient: int | None = None, salient_per_head: int | None = None, salient_down: int | None = None
+) -> Recipe:
     """A recipe with other sizes, where it has such channels at all: RTN stays without salient ones."""
     return recipe.replace(
         group_size=group_size,
         salient=salient if recipe.salient else None,
         salient_per_head=salient_per_head if recipe.salient_per_head else None,
+        salient_down=salient_down if recipe.salient_down else None,
     )

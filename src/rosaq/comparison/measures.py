@@ -5,7 +5,7 @@ from typing import Any
 from rosaq.calibration import windows_hash
 from rosaq.clock import Clock, Progress
 from rosaq.comparison.experiment import PERPLEXITY, Experiment
-from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
+from rosaq.evaluation.perplexity import divergence, perplexity, read_wikitext2, text_windows
 from rosaq.evaluation.zeroshot import check_zero_shot, zero_shot
 
 COLUMNS = {
@@ -33,12 +33,16 @@ class Measures:
         if PERPLEXITY in experiment.tasks:
             self._windows = text_windows(read_wikitext2(experiment.data), tokenizer, experiment.window)[: experiment.windows]
 
-    def run(self, model: Any, tasks: tuple[str, ...], clock: Clock, progress: Progress) -> dict[str, Any]:
-        """Figures with standard errors by task, JSON-able; `clock` takes the time of each."""
+    def run(self, model: Any, tasks: tuple[str, ...], clock: Clock, progress: Progress, reference: Any = None) -> dict[str, Any]:
+        """Figures with standard errors by task, JSON-able; `clock` takes the time of each; divergence where there is a reference."""
         figures: dict[str, Any] = {}
         if PERPLEXITY in tasks:
             with clock("perplexity"):
-                result = perplexity(model, self._windows, progress).to_dict()
+                if reference is None:
+                    result = perplexity(model, self._windows, progress).to_dict()
+                else:
+                    beside = divergence(model, reference, self._windows, progress)
+                    result = {**beside.model.to_dict(), "kl_divergence": beside.kl_divergence, "top1_agreement": beside.top1_agreement}
             figures[PERPLEXITY] = {**result, "windows_sha256": windows_hash(self._windows)}
         for task in tasks:
             if task != PERPLEXITY:

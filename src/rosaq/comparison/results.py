@@ -7,17 +7,17 @@ its process ends, however it ends, so that a dead process never blocks a cell.
 import fcntl
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rosaq.comparison.experiment import Cell, Experiment
+from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import read_json
 from rosaq.source import Source
+from rosaq.workfolder import write_whole
 
 COMMON = "comparison.json"
 PARTS = ("cells", "claims", "checkpoints")
@@ -67,13 +67,13 @@ class Results:
         if not file.is_file():
             return None
         found = read_json(file)
-        wanted = None if cell.recipe is None else cell.recipe.to_dict()
-        recipe = found.get("recipe")
-        if recipe != wanted:
-            if not recipe or not wanted:
-                raise ValueError(f"{file}: not a result of this cell; remove it")
-            key = next(key for key in [*wanted, *recipe] if recipe.get(key) != wanted.get(key))
-            raise ValueError(f"{file}: recipe {cell.recipe.name!r} had {key} {recipe.get(key)!r}, now {wanted.get(key)!r}; name another folder")  # type: ignore[union-attr]
+        kept = found.get("recipe")
+        if bool(kept) != (cell.recipe is not None):
+            raise ValueError(f"{file}: not a result of this cell; remove it")
+        if kept and cell.recipe is not None and (recipe := Recipe.from_dict(kept, str(file))) != cell.recipe:
+            before, wanted = recipe.to_dict(), cell.recipe.to_dict()
+            key = next(key for key in wanted if before[key] != wanted[key])
+            raise ValueError(f"{file}: recipe {cell.recipe.name!r} had {key} {before[key]!r}, now {wanted[key]!r}; name another folder")
         return found
 
     def missing(self, cell: Cell) -> tuple[str, ...]:
@@ -155,12 +155,6 @@ def _finite(value: Any) -> Any:
 def write_text(file: Path, text: str) -> None:
     """Write a text file at once, likewise."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
+        write_whole(file, text.encode())
     except OSError as error:
         raise ValueError(f"{file}: cannot be written: {error.strerror}") from error

@@ -11,7 +11,7 @@ from rosaq.comparison.experiment import PERPLEXITY, Cell
 from rosaq.comparison.measures import task_figures
 from rosaq.comparison.published import SOURCE, Published
 
-BITS_COLUMN, PERPLEXITY_COLUMN = "bits/weight", "WikiText-2 PPL"
+BITS_COLUMN, PERPLEXITY_COLUMN, DIVERGENCE_COLUMN = "bits/weight", "WikiText-2 PPL", "KL"
 CONSOLE_COLUMNS = {BITS_COLUMN: "bits/\nweight", PERPLEXITY_COLUMN: "PPL", "average": "csr\naverage", "MMLU average": "MMLU\naverage"}
 
 
@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at some bits; `published` names where its figures come from if they are not ours."""
+    """A method at some bits (0: 3 and 4 in one model); `published` names where its figures come from if they are not ours."""
 
     bits: int
     method: str
@@ -44,7 +44,7 @@ class Row:
     @property
     def section(self) -> str:
         """The part of the table that the row is in."""
-        return "FP16" if self.bits == 16 else f"INT{self.bits}"
+        return {16: "FP16", 0: "INT3/4"}.get(self.bits, f"INT{self.bits}")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def shown(column: str, figure: Figure | None) -> str:
     """A figure as the table prints it."""
     if figure is None:
         return ""
-    digits = 3 if column == BITS_COLUMN else 2
-    return f"{figure.value:.{digits}f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
+    digits = {BITS_COLUMN: 3, DIVERGENCE_COLUMN: 4}.get(column, 2)
+    return f"{figure.value:.{digits}f}" + (f" ± {figure.spread:.{digits}f}" if figure.spread is not None else "")
 
 
 def make_table(title: str, measured: list[tuple[Cell, dict[str, Any]]], paper: Published | None = None) -> Table:
@@ -144,7 +144,7 @@ def make_table(title: str, measured: list[tuple[Cell, dict[str, Any]]], paper: P
     """
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for cell, values in measured:
-        groups.setdefault((16, "original") if cell.recipe is None else (cell.recipe.bits, cell.recipe.name), []).append(values)
+        groups.setdefault(cell.row, []).append(values)
     rows = [Row(bits, method, _figures(cells)) for (bits, method), cells in groups.items()]
     if paper is not None:
         rows += [Row(bits, method, {PERPLEXITY_COLUMN: Figure(value)}, SOURCE) for method, bits, value in paper.rows]
@@ -154,11 +154,13 @@ def make_table(title: str, measured: list[tuple[Cell, dict[str, Any]]], paper: P
 
 
 def _figures(cells: list[dict[str, Any]]) -> dict[str, Figure]:
-    by_column: dict[str, list[tuple[float, float | None]]] = {BITS_COLUMN: [(cell["bits_per_weight"], None) for cell in cells[:1]]}
+    by_column: dict[str, list[tuple[float, float | None]]] = {BITS_COLUMN: [(statistics.fmean(cell["bits_per_weight"] for cell in cells), None)]}
     for cell in cells:
         results = cell["figures"]
         if PERPLEXITY in results:
             by_column.setdefault(PERPLEXITY_COLUMN, []).append((results[PERPLEXITY]["perplexity"], results[PERPLEXITY]["standard_error"]))
+            if "kl_divergence" in results.get(PERPLEXITY, {}):
+                by_column.setdefault(DIVERGENCE_COLUMN, []).append((results[PERPLEXITY]["kl_divergence"], None))
         for column, value, error in task_figures(results):
             by_column.setdefault(column, []).append((value, error))
     return {column: _joined(found) for column, found in by_column.items()}
@@ -181,6 +183,8 @@ def _notes(measured: list[tuple[Cell, dict[str, Any]]], paper: Published | None)
     if len(seeds) > 1:
         text = ", ".join(map(str, seeds))
         notes.append(f"Calibration seeds {text}: mean ± sample standard deviation where a figure has several; other figures are one seed's.")
+    if any("kl_divergence" in figures for figures in perplexities):
+        notes.append("KL: divergence of the predictions on the same windows from the original's, in nats per token.")
     calibration = next((values["calibration"] for cell, values in measured if cell.recipe is not None), None)
     if calibration is not None:
         notes.append(f"Calibrated on {calibration['samples']} windows of {calibration['seq_len']} tokens of {calibration['text']}.")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rosaq.checkpoint import MANIFEST
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.comparison.experiment import Cell
 from rosaq.comparison.measures import Measures
@@ -23,6 +24,7 @@ from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
 from rosaq.pipeline import quantize
 from rosaq.run import Means
+from rosaq.safetensors_folder import read_json
 from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.statistics import Statistics, measure, moments_fit
@@ -58,6 +60,7 @@ class Worker:
         self.source = replace(source, tensors={name: source.tensors[name] for name in source.tensors}) if in_memory else source
         self.statistics: Statistics | None = None
         self.seed: int | None = None
+        self.reference: Any = None
 
     def run(self) -> None:
         """Measure cells until all are finished or have failed, by this process or another."""
@@ -96,7 +99,9 @@ class Worker:
             torch.cuda.init()  # the statistics of a device that nothing has touched yet cannot be reset
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._model(cell, clock) as (model, facts):
-            figures, form = self.measures.run(model, tasks, clock, self.progress), "packed" if is_packed(model) else "dense"
+            reference = self._original(clock) if self.experiment.divergence and cell.recipe is not None else None
+            figures = self.measures.run(model, tasks, clock, self.progress, reference)
+            form = "packed" if is_packed(model) else "dense"
         host, device = peak_memory(self.device)
         run = {
             "tasks": tasks, "seconds": {**clock.seconds, "whole cell": round(time.perf_counter() - begun, 3)},
@@ -112,10 +117,14 @@ class Worker:
     def _model(self, cell: Cell, clock: Clock) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The model to evaluate, and what its cell says of it."""
         if cell.recipe is None:
+            yield self._original(clock), {"recipe": None, "bits": 16, "bits_per_weight": 16.0, "seed": None, "calibration": None}
+            return
+        if cell.checkpoint is not None:
             with clock("loading"):
-                dtype = resolve_dtype(self.experiment.dtype, self.source.dtype, torch.float32, self.device)
-                model = full_model(self.source, dtype, self.device)
-            yield model, {"recipe": None, "bits": 16, "bits_per_weight": 16.0, "seed": None, "calibration": None}
+                model, _ = load_model(str(cell.checkpoint), self.device, self.experiment.dtype, weights="auto")
+                manifest = read_json(cell.checkpoint / MANIFEST)
+            made = {key: manifest["report"][key] for key in ("recipe", "bits_per_weight", "checkpoint_bytes", "calibration")}
+            yield model, {**made, "bits": cell.recipe.bits, "seed": cell.seed, "distillation": manifest.get("distillation")}
             return
         statistics = self._statistics(cell, clock)
         with self.results.checkpoint(cell) as place:
@@ -127,6 +136,16 @@ class Worker:
                 "recipe": cell.recipe.to_dict(), "bits": cell.recipe.bits, "bits_per_weight": report.bits_per_weight,
                 "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration,
             }  # fmt: skip
+
+    def _original(self, clock: Clock) -> Any:
+        """The original model; it stays loaded where every cell is compared with it."""
+        if self.reference is not None:
+            return self.reference
+        with clock("loading"):
+            dtype = resolve_dtype(self.experiment.dtype, self.source.dtype, torch.float32, self.device)
+            model = full_model(self.source, dtype, self.device)
+        self.reference = model if self.experiment.divergence else None
+        return model
 
     def _statistics(self, cell: Cell, clock: Clock) -> Statistics:
         """The seed's statistics, measured unless they are held; one seed's are held at a time."""

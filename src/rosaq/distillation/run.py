@@ -17,11 +17,13 @@ from rosaq.distillation.trainable import TrainableLinear, is_norm, make_trainabl
 from rosaq.distillation.training import Settings, train
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.evaluation.perplexity import divergence
+from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.skeleton import full_model
-from rosaq.source import SafetensorsFolder, Source, open_source
+from rosaq.source import Source, open_source
 from rosaq.statistics import read_windows
 from rosaq.workfolder import check_destination
 
+KEPT_BYTES = (72, 28)  # estimate of what autograd keeps of a block for each token, times its width and that of its feed-forward part
 RECORD = "distillation"  # its key in quantization_config's calibration, and in rosaq.json
 
 
@@ -66,12 +68,13 @@ def distill(
     device: str = "auto",
     progress: Progress = no_progress,
 ) -> Report:
-    """Train a checkpoint's group scales, salient weights and norms against its original, and write the result.
+    """Train a checkpoint's group scales, salient weights, norms and, if wanted, codes against its original, and write the result.
 
-    Codes, zero points, orders, biases and tables stay as they are, and so do the format and the bits per weight. The
-    whole original (bfloat16 on a GPU) and the unpacked codes (a byte a weight) are on the device. Products are computed
-    in bfloat16 on a GPU, between float32 residual streams; all in float32 on the CPU. The same call gives the same tensors
-    on the same CPU and number of threads. On a GPU attention's backward pass may add in an order that is not fixed.
+    Zero points, orders, biases and tables stay as they are, and so do the format and the bits per weight. The whole
+    original (bfloat16 on a GPU) and the unpacked codes (a byte a weight; 17 where they are trained) are on the device.
+    Products are computed in bfloat16 on a GPU, between float32 residual streams; all in float32 on the CPU. The same call
+    gives the same tensors on the same CPU and number of threads. On a GPU attention's backward pass may add in an order
+    that is not fixed.
 
     Args:
         checkpoint: folder of a rosaq checkpoint; its hashes are checked.
@@ -90,7 +93,8 @@ def distill(
         ValueError: the checkpoint is not whole, is distilled already, rotates at run time or is not of this original,
             there is too little text, the divergence on the held-out windows rises, or the destination is taken; nothing is left behind.
     """
-    checkpoint, device, clock = Path(checkpoint), resolve_device(device), Clock()
+    checkpoint, device = Path(checkpoint), resolve_device(device)
+    clock = Clock(device)
     check_destination(Path(output).expanduser().absolute())
     with clock("open"):
         manifest = verify_checkpoint(checkpoint)
@@ -101,7 +105,7 @@ def distill(
     report = Report(settings.to_dict(), {**calibration.to_dict(), "windows_sha256": windows_hash(windows)}, device, seconds=clock.seconds)
     with CheckpointWriter(output) as writer:
         with clock("loading"):
-            student, parameters, teacher = _load(checkpoint, source, device)
+            student, parameters, teacher = _load(checkpoint, source, device, settings, settings.batch * calibration.seq_len)
         stored = SafetensorsFolder(checkpoint)
         with clock("training"):
             report.before = divergence(student, teacher, held_out, progress).to_dict()
@@ -119,7 +123,7 @@ def distill(
 
 def _config(checkpoint: Path, source: Source) -> Any:
     """The checkpoint's config; an original of another form is refused, and a second distillation, of which the record would forget the first."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     own, other = Architecture.of(config, str(checkpoint)), source.architecture
     for part in fields(Architecture):  # a table that was tied may be stored twice, each with its own rotation
         if part.name != "tied" and getattr(own, part.name) != getattr(other, part.name):
@@ -135,19 +139,27 @@ def _windows(source: Source, calibration: Calibration, settings: Settings, devic
     """Windows to train on, and those that are held out."""
     if calibration.samples < settings.batch:
         raise ValueError(f"samples is {calibration.samples}; distillation takes {settings.batch} windows a step, so it needs that many or more")
-    if calibration.seq_len > source.architecture.context:
-        raise ValueError(f"seq-len is {calibration.seq_len} tokens, but {source.name} has a context of {source.architecture.context}")
     windows = read_windows(source, replace(calibration, samples=calibration.samples + settings.held_out), device, progress)
-    if int(windows.max()) >= source.architecture.vocabulary:
-        raise ValueError(f"token {int(windows.max())} is not in the vocabulary of {source.architecture.vocabulary}; is the tokenizer the model's?")
     return windows[: calibration.samples].clone(), windows[calibration.samples :].clone()
 
 
-def _load(checkpoint: Path, source: Source, device: str) -> tuple[Any, dict[str, list[torch.nn.Parameter]], Any]:
+def _load(checkpoint: Path, source: Source, device: str, settings: Settings, tokens: int) -> tuple[Any, dict[str, list[torch.nn.Parameter]], Any]:
     """Student, what of it is trained, and teacher."""
     compute = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map=device, local_files_only=True).eval()
-    return student, make_trainable(student, compute), full_model(source, compute, device)
+    teacher = full_model(source, compute, device)
+    student = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, device_map=device, local_files_only=True, trust_remote_code=False
+    ).eval()
+    parameters = make_trainable(student, compute, codes=settings.learning_rates[-1] > 0, rerun=not _keeps_blocks(source.architecture, device, tokens))
+    return student, parameters, teacher
+
+
+def _keeps_blocks(a: Architecture, device: str, tokens: int) -> bool:
+    """Whether all that the blocks compute for one step may be kept for the backward pass: where it takes a third of a GPU's free memory."""
+    if not device.startswith("cuda"):
+        return False
+    wanted = tokens * a.layers * (KEPT_BYTES[0] * a.hidden + KEPT_BYTES[1] * a.intermediate)
+    return 3 * wanted <= torch.cuda.mem_get_info(device)[0]
 
 
 def _check_fall(report: Report) -> None:
@@ -172,8 +184,8 @@ def _tensors(student: Any, stored: SafetensorsFolder) -> Iterator[tuple[str, tor
         module, _, part = name.rpartition(".")
         if is_norm(name):
             yield name, parameters[name].detach().to(stored[name].dtype)
-        elif module in trained and part in ("scales", "salient"):
-            yield name, trained[module].stored()[part]
+        elif module in trained and part in (stored_now := trained[module].stored()):
+            yield name, stored_now[part]
         else:
             yield name, stored[name]
 
@@ -189,10 +201,11 @@ def _finish(writer: CheckpointWriter, checkpoint: Path, config: Any, manifest: d
 
 def _card_section(report: Report) -> str:
     text, before, after = report.calibration, report.before, report.after
+    what = "Group scales, salient weights, norms and codes" if report.settings["learning_rates"][-1] else "Group scales, salient weights and norms"
     return f"""
 ## Distilled
 
-Group scales, salient weights and norms were then trained against the original on {text["samples"]} windows of {text["seq_len"]}
+{what} were then trained against the original on {text["samples"]} windows of {text["seq_len"]}
 tokens of `{text["text"]}` (seed {text["seed"]}; SHA-256 of the token ids {text["windows_sha256"]}), {len(report.losses)} steps. On
 {report.settings["held_out"]} windows that were not trained on, KL divergence fell from {before["kl_divergence"]:.4f} to {after["kl_divergence"]:.4f}.
 """

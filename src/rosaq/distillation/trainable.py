@@ -1,8 +1,9 @@
-"""`TrainableLinear`: a packed linear layer whose scales and salient weights can be trained; codes and zero points stay.
+"""`TrainableLinear`: a packed linear layer whose scales, salient weights and codes can be trained; zero points stay.
 
 w = (code - zero) h(ratio scale) per group, h rounding to float16 as it is stored; a salient weight is rounded to its
-stored form likewise. Both roundings are straight through: the gradient passes as if they were not there. N outputs,
-K inputs, B blocks, Q quantized channels per block, S salient channels of all blocks, G groups.
+stored form, and a code that is trained to the nearest one that there is. All roundings are straight through: the gradient
+passes as if they were not there. N outputs, K inputs, B blocks, Q quantized channels per block, S salient channels of all
+blocks, G groups.
 """
 
 import functools
@@ -15,42 +16,43 @@ from rosaq.architecture import FINAL_NORM, HEAD, HEAD_NORMS, NORMS
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
 from rosaq.norm import RotatedNorm
-from rosaq.packing import unpack, unpack_zeros
+from rosaq.packing import pack, unpack, unpack_zeros
 
-PARTS = ("scales", "salient", "norms")  # what is trained, in the order of `Settings.learning_rates`
+PARTS = ("scales", "salient", "norms", "codes")  # what is trained, in the order of `Settings.learning_rates`
 
 
 class Product(torch.autograd.Function):
     """y (..., N) = x (..., K) W^T, W made anew in the backward pass, so that no dense weight is kept in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ratio_NG: torch.Tensor, salient_NS: torch.Tensor | None, layer: "TrainableLinear") -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: "TrainableLinear", *trained: torch.Tensor | None) -> torch.Tensor:
         """The product in the type of x; the parameters are passed beside their layer so that autograd sees them."""
-        ctx.save_for_backward(x, ratio_NG, salient_NS)
+        ctx.save_for_backward(x, *trained)
         ctx.layer = layer
-        return x @ layer.weight(ratio_NG, salient_NS, x.dtype).T
+        return x @ layer.weight(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, ratio and salient, in their types."""
-        x, ratio_NG, salient_NS = ctx.saved_tensors
-        y_gradient = gradients[0]
-        x_gradient = y_gradient @ ctx.layer.weight(ratio_NG, salient_NS, x.dtype) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:3]):
-            return x_gradient, None, None, None
+        """Gradients of x and of the layer's parameters, in their types."""
+        x, layer, y_gradient = ctx.saved_tensors[0], ctx.layer, gradients[0]
+        x_gradient = y_gradient @ layer.weight(x.dtype) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return x_gradient, *(None for _ in ctx.needs_input_grad[1:])
         weight_gradient_NK = y_gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        return x_gradient, *ctx.layer.gradients(weight_gradient_NK), None
+        return x_gradient, None, *layer.gradients(weight_gradient_NK)
 
 
 class TrainableLinear(torch.nn.Module):
-    """A packed layer with the parameters `ratio` (N, G), of its scales, and `salient` (N, S), where it has any.
+    """A packed layer with the parameters `ratio` (N, G), of its scales, `salient` (N, S), where it has any, and `codes` (N, B Q), if wanted.
 
     Args:
         packed: the layer; its tensors are read, and it may be dropped afterwards.
         compute: type of the product; x comes and y goes in the type of the model.
+        codes: train the codes too, which takes a float32 number a weight.
     """
 
     differences: torch.Tensor  # codes minus zero points (N, B Q)
+    zeros: torch.Tensor  # zero points (N, G)
     columns: torch.Tensor
     groups: torch.Tensor
     salient_columns: torch.Tensor
@@ -59,7 +61,7 @@ class TrainableLinear(torch.nn.Module):
     order: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, packed: RosaqLinear, compute: torch.dtype) -> None:
+    def __init__(self, packed: RosaqLinear, compute: torch.dtype, codes: bool = False) -> None:
         """Unpack the codes and begin with the stored values, which come out again unless something is trained."""
         super().__init__()
         layout, tensors = packed.layout, packed.tensors()
@@ -69,6 +71,7 @@ class TrainableLinear(torch.nn.Module):
         zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, layout.out_features)
         differences_NQ = unpack(tensors["qweight"], layout.bits, columns.numel()) - zeros_NG[:, groups]
         self._constant("differences", differences_NQ.to(torch.int8 if layout.bits <= 4 else torch.int16))
+        self._constant("zeros", zeros_NG.to(torch.int16))
         self._constant("columns", columns)
         self._constant("groups", groups)
         self._constant("salient_columns", layout.salient_columns().to(device))
@@ -81,31 +84,40 @@ class TrainableLinear(torch.nn.Module):
         if layout.salient:
             precise_NS = tensors["salient"].float()
             self.salient = torch.nn.Parameter(precise_NS if self.salient_scales is None else precise_NS * self.salient_scales)
+        self.codes = torch.nn.Parameter(self.differences.float()) if codes else None
 
     def _constant(self, name: str, tensor: torch.Tensor | None) -> None:
         self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product (..., N) in the type of x."""
-        y = Product.apply(x.to(self.compute), self.ratio, self.salient, self).to(x.dtype)
+        """The product (..., N) in the type of x: what comes out of several layers must be of one type."""
+        y = Product.apply(x.to(self.compute), self, self.ratio, self.salient, self.codes).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def scales(self, ratio_NG: torch.Tensor) -> torch.Tensor:
+    def scales(self) -> torch.Tensor:
         """Scales (N, G) as stored, in float16."""
-        return (ratio_NG * self.base).half()
+        return (self.ratio.detach() * self.base).half()
 
-    def salient_codes(self, salient_NS: torch.Tensor) -> torch.Tensor:
+    def salient_codes(self) -> torch.Tensor:
         """Salient weights (N, S) as stored: float16, or int8 in units of `salient_scales`, which stay as they are."""
+        assert self.salient is not None
         if self.salient_scales is None:
-            return salient_NS.half()
-        return torch.round(salient_NS / self.salient_scales).clamp(-127, 127).to(torch.int8)
+            return self.salient.detach().half()
+        return torch.round(self.salient.detach() / self.salient_scales).clamp(-127, 127).to(torch.int8)
 
-    def weight(self, ratio_NG: torch.Tensor, salient_NS: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def steps(self) -> torch.Tensor:
+        """Codes minus zero points (N, B Q) as stored."""
+        if self.codes is None:
+            return self.differences
+        low_NQ = -self.zeros.to(self.codes)[:, self.groups]
+        return torch.round(self.codes.detach()).clamp(low_NQ, low_NQ + ((1 << self.layout.bits) - 1))
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (N, K) that would be stored, in `dtype`, columns in the order of the layer's own input."""
-        weight_NK = torch.empty(self.layout.out_features, self.layout.in_features, dtype=dtype, device=ratio_NG.device)
-        weight_NK[:, self.columns] = (self.differences * self.scales(ratio_NG).to(ratio_NG)[:, self.groups]).to(dtype)
-        if salient_NS is not None:
-            precise_NS = self.salient_codes(salient_NS).to(salient_NS)
+        weight_NK = torch.empty(self.layout.out_features, self.layout.in_features, dtype=dtype, device=self.base.device)
+        weight_NK[:, self.columns] = (self.steps() * self.scales().to(self.ratio)[:, self.groups]).to(dtype)
+        if self.salient is not None:
+            precise_NS = self.salient_codes().to(self.salient)
             weight_NK[:, self.salient_columns] = (precise_NS if self.salient_scales is None else precise_NS * self.salient_scales).to(dtype)
         if self.order is None:
             return weight_NK
@@ -113,12 +125,13 @@ class TrainableLinear(torch.nn.Module):
         ordered[:, self.order] = weight_NK
         return ordered
 
-    def gradients(self, weight_gradient_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gradients of ratio (N, G) and salient (N, S) out of the weight's."""
+    def gradients(self, weight_gradient_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of ratio (N, G), salient (N, S) and codes (N, B Q) out of the weight's; None of what there is not."""
         gradient_NK = weight_gradient_NK if self.order is None else weight_gradient_NK[:, self.order]
-        products_NQ = gradient_NK[:, self.columns].to(self.base) * self.differences
-        ratio_NG = group_sums(products_NQ, self.layout) * self.base
-        return ratio_NG, None if self.salient is None else gradient_NK[:, self.salient_columns].to(self.base)
+        gradient_NQ = gradient_NK[:, self.columns].to(self.base)
+        ratio_NG = group_sums(gradient_NQ * self.steps(), self.layout) * self.base
+        salient_NS = None if self.salient is None else gradient_NK[:, self.salient_columns].to(self.base)
+        return ratio_NG, salient_NS, None if self.codes is None else gradient_NQ * self.scales().to(self.base)[:, self.groups]
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored tensors that training may have changed, by name.
@@ -126,12 +139,14 @@ class TrainableLinear(torch.nn.Module):
         Raises:
             ValueError: a value is not finite, or beyond float16.
         """
-        found = {"scales": self.scales(self.ratio.detach())}
+        found = {"scales": self.scales()}
         if self.salient is not None:
-            found["salient"] = self.salient_codes(self.salient.detach())
+            found["salient"] = self.salient_codes()
         for name, tensor in (*found.items(), *self.named_parameters()):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"distillation left {name} with values that are not finite; lower the learning rates")
+        if self.codes is not None:
+            found["qweight"] = pack((self.steps() + self.zeros[:, self.groups]).long(), self.layout.bits)
         return found
 
 
@@ -142,12 +157,14 @@ def group_sums(values_NQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
     return padded.unflatten(2, (layout.groups_per_block, layout.group_size)).sum(-1).flatten(1)
 
 
-def make_trainable(model: Any, compute: torch.dtype) -> dict[str, list[torch.nn.Parameter]]:
-    """Turn a loaded checkpoint into a student, in place: packed layers are replaced, blocks keep only their inputs.
+def make_trainable(model: Any, compute: torch.dtype, codes: bool = False, rerun: bool = True) -> dict[str, list[torch.nn.Parameter]]:
+    """Turn a loaded checkpoint into a student, in place: packed layers are replaced.
 
     Args:
         model: a loaded rosaq checkpoint, in float32; tables and biases stay as they are.
         compute: type of the products within the decoder blocks; lm_head's is float32.
+        codes: train the codes, too.
+        rerun: blocks keep only their inputs and are run again in the backward pass.
 
     Returns:
         The parameters to be trained, by the names of PARTS.
@@ -161,14 +178,17 @@ def make_trainable(model: Any, compute: torch.dtype) -> dict[str, list[torch.nn.
         if isinstance(module, RotatedNorm) or (isinstance(module, RosaqLinear) and type(module) is not RosaqLinear):
             raise ValueError(f"{name}: {type(module).__name__} rotates at run time; only checkpoints whose rotations are absorbed can be distilled")
         if isinstance(module, RosaqLinear):
-            layer = TrainableLinear(module, torch.float32 if name == HEAD else compute)
-            model.set_submodule(name, layer.requires_grad_(name != HEAD))
-            if name != HEAD:
+            head = name == HEAD
+            layer = TrainableLinear(module, torch.float32 if head else compute, codes and not head)
+            model.set_submodule(name, layer.requires_grad_(not head))
+            if not head:
                 trained["scales"].append(layer.ratio)
                 trained["salient"] += [] if layer.salient is None else [layer.salient]
+                trained["codes"] += [] if layer.codes is None else [layer.codes]
     trained["norms"] = [parameter.requires_grad_() for name, parameter in model.named_parameters() if is_norm(name)]
-    for block in model.model.layers:  # transformers' own checkpointing works in training mode only, which may switch dropout on
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if rerun:
+        for block in model.model.layers:  # transformers' own checkpointing works in training mode only, which may switch dropout on
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return trained
 
 

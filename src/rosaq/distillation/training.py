@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from rosaq.clock import Progress
-from rosaq.distillation.trainable import PARTS
-from rosaq.evaluation.perplexity import LOGITS_BYTES
+from rosaq.distillation.trainable import PARTS, TrainableLinear
 
+CHUNK_BYTES = 10**9  # of one float32 matrix of logits; about six are held at a time
 BETAS = (0.9, 0.95)
 WARM_UP = 20  # the rates rise over a 20th of the steps
 CLIP = 1.0  # norm of the gradient of all parameters
@@ -24,14 +25,14 @@ class Settings:
         epochs: times that every window is seen.
         batch: windows a step.
         held_out: further windows, never trained on, that the divergence is measured on before and after.
-        learning_rates: of the scales (relative to their first values), of the salient weights, of the norm weights; 0
-            leaves a part as it is. They rise at first and then fall by a cosine.
+        learning_rates: of the scales (relative to their first values), of the salient weights, of the norm weights, of
+            the codes (in steps of their grids); 0 leaves a part as it is. They rise at first and then fall by a cosine.
     """
 
     epochs: int = 4
     batch: int = 8
     held_out: int = 8
-    learning_rates: tuple[float, float, float] = (1e-3, 5e-5, 1e-3)
+    learning_rates: tuple[float, float, float, float] = (1e-3, 5e-5, 1e-3, 0)
 
     def __post_init__(self) -> None:
         """Refuse what trains nothing."""
@@ -79,15 +80,17 @@ def train(
     steps = settings.epochs * (len(windows) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     losses: list[float] = []
-    for rows in _batches(windows, settings, seed):
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(_accumulate(student, teacher, rows))
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"step {len(losses)} of distillation: the divergence is {losses[-1]}; lower the learning rates")
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        schedule.step()
-        progress("training", len(losses), steps)
+    heads = head_weight(student), head_weight(teacher)
+    with _tensor_cores(student.device):
+        for rows in _batches(windows, settings, seed):
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(_accumulate(student, teacher, heads, rows))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"step {len(losses)} of distillation: the divergence is {losses[-1]}; lower the learning rates")
+            torch.nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            schedule.step()
+            progress("training", len(losses), steps)
     return losses
 
 
@@ -104,21 +107,63 @@ def _batches(windows: torch.Tensor, settings: Settings, seed: int) -> Iterator[t
                 yield windows[rows]
 
 
-def _accumulate(student: Any, teacher: Any, windows: torch.Tensor) -> float:
-    """Add the gradient of the mean divergence over windows (S, T) to the parameters; a few windows at a time, for their logits' memory."""
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """On a GPU: float32 products in TF32, attention in bfloat16."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """The weight (V, D) of lm_head, float32."""
+    head = model.get_output_embeddings()
+    weight_VD = head.weight(torch.float32) if isinstance(head, TrainableLinear) else head.weight.detach()
+    return weight_VD.float()
+
+
+def _accumulate(student: Any, teacher: Any, heads: tuple[torch.Tensor, torch.Tensor], windows: torch.Tensor) -> float:
+    """Add the gradient of the mean divergence over windows (S, T) to the parameters; one at a time on the CPU."""
     total = 0.0
-    for rows in windows.to(student.device).split(max(1, LOGITS_BYTES // (4 * windows.shape[1] * student.config.vocab_size))):
+    for rows in windows.to(student.device).split(len(windows) if student.device.type == "cuda" else 1):
         with torch.no_grad():
-            wanted = teacher(rows, use_cache=False).logits
-        logits = student(rows, use_cache=False).logits
-        loss = torch.stack([kl_divergence(p_TV, q_TV) for p_TV, q_TV in zip(wanted, logits, strict=True)]).sum() / len(windows)
+            wanted_TD = teacher.model(rows, use_cache=False).last_hidden_state.flatten(0, 1).float()
+        found_TD = student.model(rows, use_cache=False).last_hidden_state.flatten(0, 1).float()
+        loss = HeadDivergence.apply(found_TD, wanted_TD, *heads) * (len(rows) / len(windows))
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def kl_divergence(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of KL(wanted || logits) in nats, in float32 or better."""
-    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    log_p, log_q = wanted_TV.to(dtype).log_softmax(-1), logits_TV.to(dtype).log_softmax(-1)
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+class HeadDivergence(torch.autograd.Function):
+    """Mean over tokens of KL(teacher || student) in nats, from what both have before lm_head, some tokens at a time.
+
+    The derivative by the student's logits is softmax(logits) - softmax(the teacher's), so it is taken at once and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found_TD: torch.Tensor, wanted_TD: torch.Tensor, head_VD: torch.Tensor, teacher_head_VD: torch.Tensor) -> torch.Tensor:
+        """The divergence; its gradient is made here, too."""
+        total, gradients = found_TD.new_zeros((), dtype=torch.float64), []
+        count = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+        with torch.autocast(found_TD.device.type, enabled=False):
+            for found, wanted in zip(found_TD.split(count), wanted_TD.split(count), strict=True):
+                log_q = (found @ head_VD.T).log_softmax(-1)
+                log_p = (wanted @ teacher_head_VD.T).log_softmax(-1)
+                p = log_p.exp()
+                total += (p * log_p.sub_(log_q)).sum(dtype=torch.float64)
+                gradients.append((log_q.exp_() - p) @ head_VD)
+        ctx.save_for_backward(torch.cat(gradients) / len(found_TD))
+        return (total / len(found_TD)).to(found_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the student's part."""
+        return ctx.saved_tensors[0] * gradients[0], None, None, None

@@ -50,6 +50,8 @@ def random_tensors(layout: LinearLayout, device: torch.device | str, seed: int =
 
 def dummy_config(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     """The config of a checkpoint that this recipe makes of a model of this config, without a calibration."""
+    if recipe.target_bits and not recipe.allocation:
+        raise ValueError(f"recipe {recipe.name!r}: what target_bits gives each layer is found on calibration text; random weights take none")
     architecture = Architecture.of(config)
     biases = frozenset(role for role, module in LINEARS.items() if getattr(_block(config).get_submodule(module), "bias", None) is not None)
     plan = make_plan(recipe, architecture, biases)

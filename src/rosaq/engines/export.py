@@ -24,6 +24,7 @@ from rosaq.checkpoint import MANIFEST, is_checkpoint, verify
 from rosaq.checkpoint_writer import CheckpointWriter
 from rosaq.clock import Progress, no_progress
 from rosaq.engines.dense import dense_tensors
+from rosaq.engines.loading import DTYPES
 from rosaq.engines.transformers import register
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
@@ -31,7 +32,6 @@ from rosaq.norm import RotatedNorm
 from rosaq.packing import pack, pack_zeros, unpack, unpack_zeros
 
 FORMATS = ("dense", "compressed-tensors")
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GROUPS = (32, 64, 128)  # what engines' W4A16 kernels take
 _REWRITTEN = ("config.json", MANIFEST, "README.md", "model.safetensors.index.json")
 
@@ -58,7 +58,7 @@ def export(checkpoint: str | Path, output: str | Path, form: str = "dense", dtyp
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     register()
     verify(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", local_files_only=True, trust_remote_code=False)
     config, recipe = copy.deepcopy(model.config), model.config.quantization_config.recipe
     del config.quantization_config
     config.dtype = kind

@@ -44,7 +44,7 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir() or not is_checkpoint(folder):
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     manifest = verify(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = meta_model(config)
     quantizer = RosaqQuantizer(RosaqConfig.from_dict(config.quantization_config))
     quantizer.preprocess_model(model, checkpoint_files=[str(folder / name) for name in manifest["files"]])
@@ -77,9 +77,9 @@ def load_model(
     if Path(model).is_dir() and is_checkpoint(model):
         register()
         verify(model)
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True, trust_remote_code=False)
         if weights == "dense" or (weights == "auto" and dense_fits(loaded, loaded.dtype)):
             return dense_model(loaded).eval(), tokenizer
         for module in loaded.modules():

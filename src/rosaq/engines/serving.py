@@ -30,7 +30,7 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
     if not vllm_installed():
         raise ValueError("vLLM is not installed in this environment; install it with pip install 'rosaq[vllm]', or use 'rosaq generate'")
     verify(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     defaults = {
         "--dtype": str(config.dtype).removeprefix("torch.") if torch.cuda.is_available() else "bfloat16",
         "--max-model-len": str(min(config.max_position_embeddings, CONTEXT)),

@@ -53,7 +53,8 @@ class Shard:
         """Form of the share."""
         form = self.stored
         blocks = form.blocks // self.parts if form.blocks > 1 else 1
-        return replace(form, out_features=self.rows, in_features=form.in_features // self.parts, blocks=blocks)
+        salient = form.salient if form.blocks > 1 or self.part == 0 else 0
+        return replace(form, out_features=self.rows, in_features=form.in_features // self.parts, blocks=blocks, salient=salient)
 
     def take(self, name: str, tensor: torch.Tensor, device: torch.device) -> None:
         """Keep this rank's share of a stored tensor, in memory of its own on `device`.
@@ -68,31 +69,36 @@ class Shard:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             found = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
             raise ValueError(f"tensor '{self.module}.{name}' has {found}; the format asks for {shape} and {dtype}")
-        self.tensors[name] = self._cut_outputs(name, self._cut_inputs(name, tensor)).to(device, copy=True)
+        if name in self.layout.tensors():
+            self.tensors[name] = self._cut_outputs(name, self._cut_inputs(name, tensor)).to(device, copy=True)
 
     def check_complete(self) -> None:
-        """Refuse a layer of which a tensor never came: engines do not notice.
+        """Refuse a share of which a tensor never came: engines do not notice.
 
         Raises:
             ValueError: names the first missing tensor.
         """
-        for name in self.stored.tensors():
+        for name in self.layout.tensors():
             if name not in self.tensors:
                 raise ValueError(f"tensor '{self.module}.{name}' is missing from the checkpoint")
 
     def _cut_inputs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self.parts == 1:
             return tensor
-        if name in ("scales", "zeros", "salient"):  # columns are groups, or salient channels block by block
-            return tensor.chunk(self.parts, dim=1)[self.part]
+        form, mine = self.stored, self.layout
+        if name == "salient":  # of every block, or all of them on the first rank
+            columns = mine.blocks * mine.salient
+            return tensor[:, self.part * columns : (self.part + 1) * columns]
+        start = self.part * mine.blocks * mine.quantized if form.blocks > 1 else max(0, self.part * mine.in_features - form.salient)
+        if name in ("scales", "zeros"):
+            first = self.part * mine.groups if form.blocks > 1 else start // form.group_size
+            return tensor[:, first : first + mine.groups]
         if name != "qweight":
             return tensor
-        bits, codes = self.stored.bits, self.stored.blocks * self.stored.quantized
-        length = codes // self.parts
-        start = self.part * length
-        if length * bits % 32 == 0:  # whole words, as good as always
-            return tensor[:, start * bits // 32 : (start + length) * bits // 32]
-        return pack(unpack(tensor, bits, codes)[:, start : start + length], bits)
+        length = mine.blocks * mine.quantized
+        if start * form.bits % 32 == 0 and length * form.bits % 32 == 0:  # whole words, as good as always
+            return tensor[:, start * form.bits // 32 : (start + length) * form.bits // 32]
+        return pack(unpack(tensor, form.bits, form.blocks * form.quantized)[:, start : start + length], form.bits)
 
     def _cut_outputs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         n = self.stored.out_features
@@ -109,14 +115,20 @@ class Shard:
 
 
 def input_parts(layout: LinearLayout) -> list[int]:
-    """Numbers of equal parts that a layer's inputs can be cut into, at whole heads where it has blocks, else at whole groups."""
+    """Numbers of equal parts that a layer's inputs can be cut into: at whole heads where it has blocks, else between groups.
+
+    Salient channels that are the first ones of all inputs go to the first part.
+    """
+    if layout.ordered:
+        return [1]
     if layout.blocks > 1:
-        most = 1 if layout.ordered else layout.blocks
-        return [parts for parts in range(1, most + 1) if layout.blocks % parts == 0]
-    if layout.salient or layout.ordered:
-        return [1]  # the salient channels are the first ones of all inputs
-    cuts = range(2, layout.in_features // layout.group_size + 1)
-    return [1] + [parts for parts in cuts if layout.in_features % (parts * layout.group_size) == 0]
+        return [parts for parts in range(1, layout.blocks + 1) if layout.blocks % parts == 0]
+    found = [1]
+    for parts in range(2, layout.in_features // layout.group_size + 1):
+        width, rest = divmod(layout.in_features, parts)
+        if not rest and width > layout.salient and all((cut * width - layout.salient) % layout.group_size == 0 for cut in range(1, parts)):
+            found.append(parts)
+    return found
 
 
 def join(shards: Sequence[Shard]) -> tuple[LinearLayout, dict[str, torch.Tensor]]:

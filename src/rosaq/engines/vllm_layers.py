@@ -8,15 +8,24 @@ shares are checked for completeness, and a local checkpoint is compared whole wi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.nn import Parameter
 from transformers import AutoConfig
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, MergedColumnParallelLinear, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -149,7 +158,9 @@ class RosaqLinearMethod(LinearMethodBase):
             outputs = _outputs(layer, total, rows)
             shards.append(Shard(module, form, outputs, rows, layer.tp_rank if parts > 1 else 0, parts))
         layer.rosaq_shards, layer.rosaq_dtype = shards, params_dtype
-        layer.rosaq_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        _overlap_launches(config.compilation_config.inductor_compile_config)
+        layer.rosaq_dummy = config.load_config.load_format == "dummy"
         layer.rosaq_biased = set(range(len(shards))) if layer.rosaq_dummy else set()
         for name, (_, dtype) in shards[0].stored.tensors().items():
             parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -165,7 +176,9 @@ class RosaqLinearMethod(LinearMethodBase):
                 if part not in layer.rosaq_biased:
                     raise ValueError(f"tensor '{module}.bias' is missing from the checkpoint")
         layout, tensors = self._joined(layer)
-        linear = RosaqLinear(layout, device="meta")
+        if (bias := _added_bias(layer)) is not None:
+            tensors["bias"] = bias
+        linear = RosaqLinear(replace(layout, bias=bias is not None), device="meta")
         for name, tensor in tensors.items():
             setattr(linear, name, tensor)
         device = tensors["qweight"].device
@@ -179,17 +192,17 @@ class RosaqLinearMethod(LinearMethodBase):
             _show_device(layer, device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The product (..., N) of x (..., K), with the bias where vLLM gives it (row layers: on one rank only)."""
-        y = torch.ops.vllm.rosaq_linear(x, layer.qweight, layer.rosaq_linear.out_features)
-        return y if bias is None else y + bias
+        """The product (..., N) of x (..., K), with the bias where vLLM gives it: then the kernel adds it."""
+        assert (bias is not None) == layer.rosaq_linear.layout.bias
+        return torch.ops.vllm.rosaq_linear(x, layer.qweight, layer.rosaq_linear.out_features)
 
     def _joined(self, layer: Any) -> tuple[LinearLayout, dict[str, torch.Tensor]]:
         if layer.rosaq_dummy:  # `--load-format dummy`: no tensor was handed over
             for shard in layer.rosaq_shards:
                 shard.tensors = random_tensors(shard.layout, layer.qweight.device)
-        layout, tensors = join(layer.rosaq_shards)
-        for name in tensors:
+        for name in layer.rosaq_shards[0].stored.tensors():
             delattr(layer, name)
+        layout, tensors = join(layer.rosaq_shards)
         del layer.rosaq_shards
         return layout, tensors
 
@@ -227,6 +240,22 @@ def _rosaq_linear_fake(x: torch.Tensor, key: torch.Tensor, outputs: int) -> torc
 def _show_device(layer: Any, device: torch.device) -> None:
     """Give a table the `weight` that vLLM's adapters ask for its device and type, and for nothing else."""
     layer.weight = Parameter(torch.zeros(1, dtype=layer.rosaq_dtype, device=device), requires_grad=False)
+
+
+def _overlap_launches(options: dict[str, Any]) -> None:
+    """Have Inductor's kernels announce their end early (programmatic dependent launch), unless the engine was told otherwise.
+
+    rosaq's CUDA kernels then fetch weights while a norm or an activation in front of them is still being computed.
+    """
+    if hasattr(inductor_config.triton, "enable_pdl"):
+        options.setdefault("triton.enable_pdl", True)
+
+
+def _added_bias(layer: Any) -> torch.Tensor | None:
+    """The bias that vLLM will hand to `apply`, on every call or never: row layers have it on one rank only."""
+    bias = getattr(layer, "bias", None)
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if bias is None or layer.skip_bias_add or elsewhere else bias.detach()
 
 
 def _stored_outputs(layer: Any) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rosaq.clock import Progress
+from rosaq.text_files import read_text
 
 WINDOW = 2048
 LOGITS_BYTES = 2 * 10**9
@@ -76,20 +77,6 @@ def text_windows(text: str, tokenizer: Any, window: int = WINDOW) -> torch.Tenso
     return torch.tensor(ids[: count * window]).view(count, window)
 
 
-def read_text(file: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        ValueError: it is missing, or not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error}") from error
-
-
 def join_wikitext(lines: list[str]) -> str:
     """WikiText-2 as GPTQ joins it: each line with its newline, blank lines empty, two newlines between."""
     return "\n\n".join(line if line.strip() else "" for line in lines)
@@ -105,7 +92,7 @@ def read_wikitext2(folder: Path | None = None) -> str:
         file = folder / WIKITEXT2_FILE
         if not file.is_file():
             raise ValueError(f"{file}: no such file; --data is a folder that holds {WIKITEXT2_FILE}")
-        return join_wikitext(file.read_text(encoding="utf-8").splitlines(keepends=True))
+        return join_wikitext(read_text(file).splitlines(keepends=True))
     try:
         import datasets  # noqa: PLC0415  (an optional dependency)
 

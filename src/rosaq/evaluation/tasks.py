@@ -4,11 +4,12 @@ Seven tasks of common-sense reasoning ("csr") and MMLU. The harness's own task c
 folder of JSON Lines files with the rows that the hub has only changes where the rows come from.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rosaq.text_files import read_entries
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,11 @@ def read_rows(data: Path, task: Task) -> list[dict[str, Any]]:
         ValueError: the file is missing, not UTF-8 or empty, or a line is not an object with the task's fields.
     """
     file = rows_file(data, task)
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
+    for place, row in read_entries(file):
         missing = [field for field in task.fields if not isinstance(row, dict) or field not in row]
         if missing:
-            raise ValueError(f"{file}, line {number}: no field {missing[0]!r}; {task.name} needs {', '.join(task.fields)}")
+            raise ValueError(f"{place}: no field {missing[0]!r}; {task.name} needs {', '.join(task.fields)}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{file}: holds no questions")

@@ -1,15 +1,15 @@
 """What rounding loses in each layer: of the weight, and of the layer's output on the calibration text."""
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rosaq.architecture import LINEARS, SITE_OF
+from rosaq.architecture import LINEARS, SITES
 from rosaq.checkpoint import verify
-from rosaq.clock import Progress, no_progress
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
@@ -51,7 +51,7 @@ def recipe_errors(
     source: Source,
     recipe: Recipe,
     statistics: Statistics,
-    observed: list[dict[str, Observation]],
+    observed: Iterable[dict[str, Observation]],
     device: str,
     every: int = 1,
 ) -> list[LayerError]:
@@ -74,7 +74,7 @@ def recipe_errors(
 
 
 def checkpoint_errors(
-    source: Source, folder: Path, statistics: Statistics, observed: list[dict[str, Observation]], device: str, progress: Progress = no_progress
+    source: Source, folder: Path, statistics: Statistics, observed: Iterable[dict[str, Observation]], device: str
 ) -> list[LayerError]:
     """Errors of each layer of a checkpoint against its original.
 
@@ -91,40 +91,31 @@ def checkpoint_errors(
     tensors = SafetensorsFolder(folder)
     job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
     for role, module in LINEARS.items():
-        name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.linears[role].tensors()["qweight"][0]
+        name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.blocks[0][role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
             raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
-    errors = _errors(job, statistics, observed, lambda index, *_: tensors, progress)
+    errors = _errors(job, statistics, observed, lambda index, *_: tensors)
     worst = max(errors, key=lambda error: error.weight)
     if worst.weight > 1:
         raise ValueError(f"{folder}: {worst.role} of block {worst.block} is nothing like the original's, so it is not a checkpoint of {source.name}")
     return errors
 
 
-def _errors(
-    job: Job,
-    statistics: Statistics,
-    observed: list[dict[str, Observation]],
-    stored: Stored,
-    progress: Progress = no_progress,
-    every: int = 1,
-) -> list[LayerError]:
-    found, layers = [], job.source.architecture.layers
+def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, every: int = 1) -> list[LayerError]:
+    found, needed = [], job.recipe.needs_moments
     # A recipe that searches by the moments must see the very ones that it was quantized by.
-    needed, seen = job.recipe.needs_moments, ({site: kept.moment for site, kept in sites.items()} for sites in observed)
-    passes = statistics.second_moments(job.source, job.device) if needed else seen
-    for index, moments in enumerate(passes):
+    passes = statistics.second_moments(job.source, job.device) if needed else itertools.repeat({})
+    for index, (sites, given) in enumerate(zip(observed, passes, strict=False)):
         if index % every:
             continue
-        moments = {site: moment.to(job.device) for site, moment in moments.items()}
-        given = moments if needed else {}
         block = job.source.block(index, job.device)
         prepared, tensors = prepare(job, index, block, statistics.inputs[index], given), stored(index, block, given)
-        turned = {site: prepared.moment(site, moment) for site, moment in moments.items()}
         prefix = job.source.architecture.block_prefix(index)
-        for role, module in LINEARS.items():
-            layout, weight = job.plan.linears[role], prepared.block[f"{module}.weight"]
-            parts = {name: tensors[f"{prefix}{module}.{name}"].to(weight.device) for name in layout.tensors() if name != "bias"}
-            found.append(LayerError(index, role, *relative_errors(weight, dequantize(layout, parts), turned[SITE_OF[role]])))
-        progress("errors", index + 1, layers)
+        for site, roles in SITES.items():
+            moment = prepared.moment(site, sites[site].moment.to(job.device))
+            for role in roles:
+                module, layout = LINEARS[role], job.plan.blocks[index][role]
+                weight = prepared.block[f"{module}.weight"]
+                parts = {name: tensors[f"{prefix}{module}.{name}"].to(weight.device) for name in layout.tensors() if name != "bias"}
+                found.append(LayerError(index, role, *relative_errors(weight, dequantize(layout, parts), moment)))
     return found

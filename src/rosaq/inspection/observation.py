@@ -1,25 +1,23 @@
-"""Runs the whole model over windows and sums up each site's inputs in several bases, channel by channel.
+"""Sums up each site's inputs over windows in several bases, channel by channel, block after block.
 
 Norms are folded first, so the inputs of attn_in and mlp_in are x / rms(x), as calibration sees them. Shape letters:
 T tokens, K inputs of a site, H key-value heads, E head size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from rosaq.architecture import LINEARS, NORMS, SITE_NORM, SITES, Architecture
+from rosaq.architecture import NORMS, SITE_NORM, Architecture
 from rosaq.clock import Progress
+from rosaq.distributed import Ranks
+from rosaq.moments import Flow, check_finite, run_blocks, second_moment
 from rosaq.rotation import principal_basis
-from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.statistics import Statistics, compute_dtype
 
 OWN, NORMALISED, GLOBAL, LOCAL, HEADS = "own", "normalised", "global", "per-layer", "head-wise"
-BATCH = {"cpu": 1, "cuda": 8}  # windows at a time
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,10 @@ class _Sums:
         self.second: torch.Tensor | None = None
 
     def add(self, x_TK: torch.Tensor) -> None:
-        x_TK = x_TK.float()
         self.seen += x_TK.shape[0]
-        second = x_TK.T @ x_TK
+        second = second_moment(x_TK)
         self.second = second if self.second is None else self.second.add_(second)
+        x_TK = x_TK.float()
         for name, transform in self.transforms.items():
             turned = _turned(x_TK, transform)
             square = turned.square()
@@ -72,8 +70,12 @@ class _Sums:
             old = self.sums.get(name)
             self.sums[name] = [part.double() for part in parts] if old is None else [a + b for a, b in zip(old, parts, strict=True)]
 
-    def result(self) -> Observation:
+    def share(self, ranks: Ranks, dtype: torch.dtype) -> None:
+        assert ranks.count == 1, "one process looks at all windows"
+
+    def finish(self, where: str) -> Observation:
         assert self.second is not None
+        check_finite(self.second, where)
         views = {name: View(*((part / self.seen).cpu() for part in parts)) for name, parts in self.sums.items()}
         return Observation(views, (self.second / self.seen).cpu())
 
@@ -90,40 +92,26 @@ def _turned(x_TK: torch.Tensor, transform: torch.Tensor | None) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def observe(source: Source, statistics: Statistics, device: str, progress: Progress) -> list[dict[str, Observation]]:
-    """Observe each site of each block over the calibration windows; the whole model is in memory.
+def observe(source: Source, statistics: Statistics, device: str, progress: Progress) -> Iterator[dict[str, Observation]]:
+    """Observe each site of each block over the calibration windows; one block's observations are held at a time.
 
     Args:
         source: the model.
         statistics: its calibration, which the bases are made of.
-        device: where the model runs.
-        progress: called as ("observing", windows done, windows).
+        device: where the blocks run.
+        progress: called as ("observing", blocks done, blocks).
     """
-    model = full_model(source, compute_dtype(source, device), device)
-    gains = [_fold(layer) for layer in model.model.layers]
-    shared = principal_basis(statistics.residual_moment().to(device))[0].float()
-    sums = [
-        {site: _Sums(_transforms(site, statistics.inputs[index][site].moment, gains[index].get(site), shared, source.architecture)) for site in SITES}
-        for index in range(source.architecture.layers)
-    ]
-    with _hooks(model, sums):
-        windows, step = statistics.windows, BATCH[torch.device(device).type]
-        for start in range(0, windows.shape[0], step):
-            model.model(windows[start : start + step].to(device), use_cache=False)
-            progress("observing", min(start + step, windows.shape[0]), windows.shape[0])
-    return [{site: kept.result() for site, kept in block.items()} for block in sums]
+    a, shared = source.architecture, principal_basis(statistics.residual_moment().to(device))[0].float()
 
+    def make(index: int, site: str, first: int) -> _Sums:
+        norm = SITE_NORM.get(site)
+        gain = None if norm is None else source.tensor(f"{a.block_prefix(index)}{NORMS[norm]}.weight").to(device).float()
+        return _Sums(_transforms(site, statistics.inputs[index][site].moment, gain, shared, a))
 
-def _fold(layer: Any) -> dict[str, torch.Tensor]:
-    """Move the norms' weights into the linear layers; returns them by site."""
-    gains = {}
-    for site, norm in SITE_NORM.items():
-        weight = layer.get_submodule(NORMS[norm]).weight
-        gains[site] = weight.detach().clone().float()
-        for role in SITES[site]:
-            layer.get_submodule(LINEARS[role]).weight.mul_(weight)
-        weight.fill_(1)
-    return gains
+    for done, observed in run_blocks(source, statistics.windows, device, compute_dtype(source, device), make, Flow()):
+        progress("observing", done, a.layers)
+        yield observed
+        del observed  # so that it is not held while the next block runs
 
 
 def _transforms(
@@ -139,19 +127,3 @@ def _transforms(
         heads = principal_basis(moment.to(shared.device))[0].float()
         return {OWN: None, HEADS: heads.repeat_interleave(a.heads // a.kv_heads, 0)}
     return {OWN: None}
-
-
-@contextmanager
-def _hooks(model: Any, sums: list[dict[str, _Sums]]) -> Iterator[None]:
-    def keep(sum_: _Sums) -> Any:
-        return lambda _, arguments: sum_.add(arguments[0].flatten(0, -2))
-
-    handles = []
-    for layer, block in zip(model.model.layers, sums, strict=True):
-        for site, kept in block.items():
-            handles.append(layer.get_submodule(LINEARS[SITES[site][0]]).register_forward_pre_hook(keep(kept)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

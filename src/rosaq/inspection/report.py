@@ -1,18 +1,20 @@
 """The whole inspection of a model, JSON-able: ROSAQ's Table 8 and the data of its Figure 2 (arXiv:2506.13472)."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rosaq.architecture import SITES
+from rosaq.architecture import SITE_NORM, SITES
 from rosaq.calibration import Calibration
 from rosaq.clock import Progress, no_progress
 from rosaq.device import resolve_device
 from rosaq.inspection.channels import outliers, top_channels
 from rosaq.inspection.errors import checkpoint_errors
-from rosaq.inspection.observation import GLOBAL, HEADS, LOCAL, NORMALISED, OWN, Observation, observe
+from rosaq.inspection.observation import GLOBAL, HEADS, LOCAL, NORMALISED, OWN, Observation, View, observe
 from rosaq.safetensors_folder import read_json
 from rosaq.source import Source, open_source
 from rosaq.statistics import measure
@@ -48,7 +50,7 @@ def inspect(
     """Look at a model's activations before and after rotation, and at what a checkpoint of it loses.
 
     Args:
-        model: hub id, local folder, `.gguf` file, or an opened source; it is loaded whole.
+        model: hub id, local folder, `.gguf` file, or an opened source.
         calibration: which text; by default the checkpoint's own, or without one 32 windows of 512 tokens of the Pile.
         settings: what to look at.
         checkpoint: folder of a rosaq checkpoint of this model.
@@ -68,18 +70,30 @@ def inspect(
     if calibration is None:
         calibration = Calibration(samples=32, seq_len=512) if checkpoint is None else recorded_calibration(checkpoint)
     statistics = measure(source, calibration, device, progress)
-    observed = observe(source, statistics, device, progress)
-    errors = [] if checkpoint is None else checkpoint_errors(source, checkpoint, statistics, observed, device, progress)
-    residual = [block[site] for block in observed for site in ("attn_in", "mlp_in")]
+    residual: list[dict[str, View]] = []
+    blocks: list[dict[str, Any]] = []
+
+    def seen() -> Iterator[dict[str, Observation]]:
+        """Every block as it comes: what is shown of it is kept, its moments are passed on."""
+        for block in observe(source, statistics, device, progress):
+            residual.extend(block[site].views for site in SITE_NORM)
+            blocks.append({site: _site(site, block[site], settings, source) for site in SITES})
+            yield block
+
+    if checkpoint is None:
+        errors = []
+        deque(seen(), 0)
+    else:
+        errors = checkpoint_errors(source, checkpoint, statistics, seen(), device)
     return {
         "model": source.name,
         "calibration": statistics.record,
         "settings": asdict(settings),
         "table8": {
-            basis: [asdict(channel) for channel in top_channels([kept.views[basis] for kept in residual], settings.top)]
+            basis: [asdict(channel) for channel in top_channels([views[basis] for views in residual], settings.top)]
             for basis in (OWN, NORMALISED, GLOBAL)
         },
-        "blocks": [{site: _site(site, block[site], settings, source) for site in SITES} for block in observed],
+        "blocks": blocks,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "errors": [asdict(error) for error in errors],
     }

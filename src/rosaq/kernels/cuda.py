@@ -9,12 +9,13 @@ Results do not change from run to run: all sums have a fixed order.
 import ctypes
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
 
 from rosaq.kernels import build, shapes, stream
+from rosaq.kernels.stream import Form
 from rosaq.layout import LinearLayout
 
 NAME = "cuda"
@@ -45,6 +46,19 @@ class Prepared:
     salient_scales: torch.Tensor | None  # (16 T,) float16
     bias: torch.Tensor | None  # (N,) in the type of x
     gather: torch.Tensor | None  # positions in x, K reading a zero; None: x is read where it lies
+
+    @cached_property
+    def weights(self) -> _Weights:
+        """The kernels' argument, made once: outside of a captured graph, a step of one token waits for Python."""
+        return _weights(self, self.form)
+
+    @cached_property
+    def boxed(self) -> tuple[Form, torch.Tensor, _Weights] | None:
+        """Form, gather and argument for the batch kernel, where it cannot read x as it lies."""
+        if stream.boxable(self.form):
+            return None
+        form, gather = _boxed(self.form, self.stream.device)
+        return form, gather, _weights(self, form)
 
 
 def why_not(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -81,8 +95,7 @@ def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: to
         gather=None if gather is None else gather.to(device),
     )
     library(form, dtype)
-    if not stream.boxable(form):
-        _boxed(form, device)
+    _ = prepared.weights, prepared.boxed  # made now rather than in a captured graph
     register()
     torch.cuda.current_stream(device).synchronize()  # kernels fetch weights before the kernels in front of them have finished
     return prepared
@@ -90,10 +103,10 @@ def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: to
 
 def run(x_MK: torch.Tensor, prepared: Prepared) -> torch.Tensor:
     """The product (M, N) in the type of x."""
-    arguments = (x_MK, prepared.stream, prepared.salient_scales, prepared.bias, prepared.gather)
     if torch.compiler.is_compiling():
-        return torch.ops.rosaq.cuda_matmul(*arguments, list(astuple(prepared.form)))
-    return _matmul(*arguments, prepared.form)
+        tensors = (prepared.stream, prepared.salient_scales, prepared.bias, prepared.gather)
+        return torch.ops.rosaq.cuda_matmul(x_MK, *tensors, list(astuple(prepared.form)))
+    return _matmul(x_MK, prepared)
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +114,7 @@ def register() -> torch.library.Library:
     """Make `torch.ops.rosaq.cuda_matmul`, which torch.compile sees as one node."""
     ops = torch.library.Library("rosaq", "FRAGMENT")
     ops.define("cuda_matmul(Tensor x, Tensor stream, Tensor? salient_scales, Tensor? bias, Tensor? gather, int[] form) -> Tensor")
-    ops.impl("cuda_matmul", lambda x, s, ss, b, g, form: _matmul(x, s, ss, b, g, stream.Form(*form)), "CUDA")
+    ops.impl("cuda_matmul", lambda x, s, ss, b, g, form: _matmul(x, Prepared(stream.Form(*form), s, ss, b, g)), "CUDA")
     torch.library.register_fake("rosaq::cuda_matmul", lambda x, s, ss, b, g, form: x.new_empty(x.shape[0], stream.Form(*form).out_features), lib=ops)
     return ops
 
@@ -121,29 +134,20 @@ def _unordered(layout: LinearLayout) -> LinearLayout:
     return LinearLayout(**fields)
 
 
-def _matmul(
-    x: torch.Tensor,
-    stream_TB: torch.Tensor,
-    salient_scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    gather: torch.Tensor | None,
-    form: stream.Form,
-) -> torch.Tensor:
+def _matmul(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
     """Launch on the current stream of x's device."""
-    tokens = x.shape[0]
-    if gather is not None:
-        x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
+    tokens, form, weights = x.shape[0], prepared.form, prepared.weights
+    if prepared.gather is not None:
+        x = torch.nn.functional.pad(x, (0, 1)).index_select(1, prepared.gather)
     if x.stride(1) != 1 or x.data_ptr() % 16 or (tokens > 1 and (x.stride(0) % 8 or x.stride(0) < x.shape[1])):
         x = x.clone(memory_format=torch.contiguous_format)
+    if tokens > PREFILL_TOKENS:
+        return _prefill(x, weights, prepared.bias, form)
     y = torch.empty(tokens, form.out_features, dtype=x.dtype, device=x.device)
     if tokens:
-        weights = _weights(form, stream_TB, salient_scales, bias)
-        if tokens > PREFILL_TOKENS:
-            return _prefill(x, weights, bias, form)
-        if tokens > shapes.DECODE_TOKENS and not stream.boxable(form):
-            form, gather = _boxed(form, x.device)
+        if tokens > shapes.DECODE_TOKENS and prepared.boxed is not None:
+            form, gather, weights = prepared.boxed
             x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
-            weights = _weights(form, stream_TB, salient_scales, bias)
         launch(x, y, weights, form, shapes.choose(form, tokens, _multiprocessors(x.device.index)))
     return y
 
@@ -155,13 +159,8 @@ def _boxed(form: stream.Form, device: torch.device) -> tuple[stream.Form, torch.
     return plain, gather.to(device)
 
 
-def weights_of(prepared: Prepared) -> _Weights:
-    """The kernels' argument for a repacked layer."""
-    return _weights(prepared.form, prepared.stream, prepared.salient_scales, prepared.bias)
-
-
-def _weights(form: stream.Form, stream_TB: torch.Tensor, salient_scales: torch.Tensor | None, bias: torch.Tensor | None) -> _Weights:
-    pointers = [None if t is None else t.data_ptr() for t in (stream_TB, salient_scales, bias)]
+def _weights(prepared: Prepared, form: stream.Form) -> _Weights:
+    pointers = [None if t is None else t.data_ptr() for t in (prepared.stream, prepared.salient_scales, prepared.bias)]
     return _Weights(*pointers, form.tile_bytes, form.scales_offset, form.salient_offset, *astuple(form)[2:])
 
 

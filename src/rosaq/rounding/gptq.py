@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from rosaq.layout import LinearLayout
+from rosaq.rounding.columns import round_columns
 from rosaq.rounding.grid import grouped
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it
@@ -54,34 +55,27 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
         else:
             grids.append(fit(weight_JN[start:stop].T[:, None], group))
             scale_CN, zero_CN = (grid.T.expand(length, -1) for grid in grids[-1])
-        codes.append(_round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
+        codes.append(round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
         start = stop
     scale_NG, zero_NG = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     return torch.cat(codes).T[:, rank_Q.argsort()], scale_NG, zero_NG, weight_JN[start:].T
 
 
-def _round_columns(
-    weight_JN: torch.Tensor, factor_JJ: torch.Tensor, start: int, scale_CN: torch.Tensor, zero_CN: torch.Tensor, top: int
-) -> torch.Tensor:
-    """Round C columns from `start` on and hand their errors to all that follow, in place; the codes (C, N)."""
-    stop = start + len(scale_CN)
-    errors_CN, codes_CN = torch.empty_like(weight_JN[start:stop]), torch.empty_like(weight_JN[start:stop])
-    for column in range(start, stop):
-        exact_N, scale_N, zero_N = weight_JN[column], scale_CN[column - start], zero_CN[column - start]
-        code_N = torch.round(exact_N / scale_N + zero_N).clamp_(0, top)
-        error_N = (exact_N - (code_N - zero_N) * scale_N).div_(factor_JJ[column, column])
-        weight_JN[column + 1 : stop].addr_(factor_JJ[column, column + 1 : stop], error_N, alpha=-1)
-        errors_CN[column - start], codes_CN[column - start] = error_N, code_N
-    weight_JN[stop:] -= factor_JJ[start:stop, stop:].T @ errors_CN
-    return codes_CN
-
-
 def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of a damped second moment, float64 (GPTQ, Algorithm 1)."""
-    damped = moment_JJ.double().clone()
-    diagonal = damped.diagonal()
+    """The upper Cholesky factor of the inverse of a damped second moment, float64 (GPTQ, Algorithm 1).
+
+    With the channels in reverse order H = L L^T, so H = U^-1 U^-T in theirs, and U, which is L^-1 reversed, is the factor:
+    one triangular inverse instead of a whole one and its factorization. Memory: two matrices beside the moment, which
+    are large where J is (6.6 GB each for the 28672 channels of a 70B model).
+    """
+    reversed_JJ = moment_JJ.flip(0, 1).double()
+    diagonal = reversed_JJ.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower_JJ, failed = torch.linalg.cholesky_ex(reversed_JJ)
+    del reversed_JJ, diagonal
     if int(failed):
         raise ValueError("the second moment of the inputs is not positive definite; calibrate on more or other text")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    inverse_JJ = torch.eye(len(lower_JJ), dtype=torch.float64, device=lower_JJ.device)
+    torch.linalg.solve_triangular(lower_JJ, inverse_JJ, upper=False, out=inverse_JJ)
+    del lower_JJ
+    return inverse_JJ.flip(0, 1)

@@ -20,8 +20,20 @@ def sample_loss(sample_PK: torch.Tensor) -> Loss:
 
 
 def moment_loss(moment_KK: torch.Tensor) -> Loss:
-    """tr(E M E^T), the same over all tokens at once: M is their second moment."""
-    return lambda error_NK: float((error_NK @ moment_KK.to(error_NK)).mul_(error_NK).sum(dtype=torch.float64))
+    """tr(E M E^T), the same over all tokens at once: M is their second moment.
+
+    Losses are compared, so on a GPU TF32 products will do: each is off by a thousandth, their sum by far less.
+    """
+
+    def loss(error_NK: torch.Tensor) -> float:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return float((error_NK @ moment_KK.to(error_NK)).mul_(error_NK).sum(dtype=torch.float64))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return loss
 
 
 def search_scale(weight_NK: torch.Tensor, magnitude_K: torch.Tensor, loss: Loss, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

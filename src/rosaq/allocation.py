@@ -1,0 +1,141 @@
+"""Bits where they count: the form of every site of every block that loses least at no more than so many bits per weight.
+
+A site's loss in a form is what its outputs' error does to the model's predictions (`sensitivity.py`), with the error that
+rounding is expected to make (`rounding/expected.py`): KL ~ sum over layers of sensitivity E tr(dW M dW^T) / tr(W M W^T).
+The choice is the Lagrangian one: all sites go along the convex hulls of their losses against their bits, steepest step
+first, until no step fits (Shoham & Gersho, 1988, https://doi.org/10.1109/29.90373). Layers that are computed as one (q, k,
+v; gate, up) are a site, so they stay of one form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from rosaq.architecture import LINEARS, SITES
+from rosaq.clock import Progress
+from rosaq.distributed import ALONE
+from rosaq.job import Job, prepare
+from rosaq.moments import Flow, collect_moments
+from rosaq.plan import block_linears, site_bits, site_options
+from rosaq.recipe import SiteForm
+from rosaq.rounding.expected import channel_weights, expected_loss
+from rosaq.sensitivity import output_sensitivity
+from rosaq.statistics import Statistics, compute_dtype
+
+MOMENT_TOKENS = 1 << 16  # of the calibration text that second moments are taken from
+GRADIENT_TOKENS = 1 << 14  # and gradients, for which the inputs of all blocks are kept
+
+
+@dataclass(frozen=True)
+class Option:
+    """A form that a site may get.
+
+    Attributes:
+        form: the form.
+        bits: stored, of the site.
+        loss: expected divergence, in nats per token.
+    """
+
+    form: SiteForm
+    bits: int
+    loss: float
+
+
+def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -> str:
+    """The allocation of a recipe with `target_bits`, as `Recipe.allocation` has it.
+
+    Two more passes over a part of the calibration text, one of them backward; one block in memory at a time.
+
+    Args:
+        job: of the recipe without an allocation.
+        statistics: of the whole calibration text.
+        flow: how passes are run; one rank does this alone.
+        progress: called as (stage, done, total).
+    """
+    source, flow = job.source, replace(flow, start=0, ranks=ALONE)
+    dtype, windows = compute_dtype(source, job.device), statistics.windows
+    counts = [max(1, tokens // windows.shape[1]) for tokens in (GRADIENT_TOKENS, MOMENT_TOKENS)]
+    sensitivity = output_sensitivity(source, windows[: counts[0]], job.device, dtype, job.bases.residual, flow, progress)
+    sites: list[list[Option]] = []
+    for index, moments in enumerate(collect_moments(source, windows[: counts[1]], job.device, dtype, flow)):
+        sites += _block_options(job, index, statistics, moments, sensitivity[index])
+        del moments  # so that they are not held while the next block runs
+        progress("allocation", index + 1, source.architecture.layers)
+    forms = [str(option.form) for option in choose(sites, _budget(job))]
+    return " ".join(",".join(forms[start : start + len(SITES)]) for start in range(0, len(forms), len(SITES)))
+
+
+def _budget(job: Job) -> int:
+    """Stored bits that the sites' linear layers may take together."""
+    plan, a = job.plan, job.source.architecture
+    weights = a.layers * sum(layout.out_features * layout.in_features for layout in plan.blocks[0].values())
+    beside = round(plan.bits_per_weight * weights) - sum(layout.bits_stored() for block in plan.blocks for layout in block.values())
+    return int(job.recipe.target_bits * weights) - beside
+
+
+def _block_options(
+    job: Job, index: int, statistics: Statistics, moments: dict[str, torch.Tensor], sensitivity: dict[str, float]
+) -> list[list[Option]]:
+    """The options of one block's sites."""
+    recipe, a = job.recipe, job.source.architecture
+    given = moments if recipe.needs_moments else {}
+    prepared = prepare(job, index, job.source.block(index, job.device), statistics.inputs[index], given)
+    found = []
+    for number, (site, forms) in enumerate(site_options(recipe).items()):
+        moment_KK, layout = prepared.moment(site, moments[site]), job.plan.blocks[index][SITES[site][0]]
+        order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
+        moment_KK = moment_KK[order][:, order]
+        weights_K = channel_weights(moment_KK, layout, recipe.rounding == "gptq")
+        shares = {}
+        for role in SITES[site]:
+            weight_NK = prepared.block[f"{LINEARS[role]}.weight"][:, order]
+            signal = ((weight_NK.double() @ moment_KK.double()) * weight_NK.double()).sum().clamp_min(torch.finfo(torch.float64).tiny)
+            shares[role] = weight_NK, sensitivity[role] / float(signal)
+        options = []
+        for form in forms:
+            all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
+            linears = block_linears(recipe, a, frozenset(), all_forms)
+            loss = sum(share * expected_loss(weight_NK, linears[role], weights_K, moment_KK) for role, (weight_NK, share) in shares.items())
+            options.append(Option(form, site_bits(recipe, a, site, form), loss))
+        found.append(options)
+    return found
+
+
+def choose(sites: Sequence[Sequence[Option]], budget: int) -> list[Option]:
+    """One option of each site, so that their losses together are small and their bits no more than the budget.
+
+    Raises:
+        ValueError: the options of fewest bits together are more than the budget.
+    """
+    hulls = [hull(options) for options in sites]
+    places, left = [0] * len(hulls), budget - sum(options[0].bits for options in hulls)
+    if left < 0:
+        raise ValueError(f"the smallest forms of all layers take {budget - left} bits, the target allows {budget}")
+    steps = [
+        ((after.loss - before.loss) / (after.bits - before.bits), site, place)
+        for site, options in enumerate(hulls)
+        for place, (before, after) in enumerate(pairwise(options))
+    ]
+    for _, site, place in sorted(steps):
+        cost = hulls[site][place + 1].bits - hulls[site][place].bits
+        if places[site] == place and cost <= left:
+            places[site], left = place + 1, left - cost
+    return [options[place] for options, place in zip(hulls, places, strict=True)]
+
+
+def hull(options: Sequence[Option]) -> list[Option]:
+    """The options on the lower convex hull of loss against bits, from the fewest bits on, the loss falling less and less."""
+    found: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bits, option.loss)):
+        if found and option.loss >= found[-1].loss:
+            continue
+        while len(found) > 1 and _slope(found[-2], found[-1]) >= _slope(found[-2], option):
+            found.pop()
+        found.append(option)
+    return found
+
+
+def _slope(before: Option, after: Option) -> float:
+    return (after.loss - before.loss) / (after.bits - before.bits)

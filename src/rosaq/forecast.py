@@ -1,0 +1,266 @@
+"""What a run will take, before anything of the model is loaded: sizes, memory, disk, and an estimate of time.
+
+Sizes follow from the config alone. Times are counts of operations over rates that are measured on the device
+(`rates.py`), so they are as good as the counts: within a factor of two where it was tried (docs/log.md, 2026-11-22).
+"""
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
+from rosaq.calibration import Calibration
+from rosaq.clock import Clock, no_progress
+from rosaq.device import resolve_device
+from rosaq.distributed import ALONE
+from rosaq.learned import BATCH
+from rosaq.memory import available_bytes, resident_bytes
+from rosaq.moments import BATCH_TOKENS, SAMPLED_TOKENS
+from rosaq.plan import Plan, make_plan
+from rosaq.rates import DISK, Rates, measure_rates
+from rosaq.recipe import Recipe
+from rosaq.rounding.clipping import SHARES, UNCLIPPED
+from rosaq.rounding.scaling import STEPS
+from rosaq.run import Means, Run
+from rosaq.skeleton import meta_model
+from rosaq.source import Source, is_hub_id, open_source, read_hub_config
+from rosaq.statistics import check_length, compute_dtype
+
+REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that whole decoder blocks reach
+EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
+EIGEN_RATE = 0.2
+COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel
+SAMPLED_TOGETHER = 64  # windows that "self" samples at a time
+LAYER_LAUNCHES = 40  # operations of a decoder block for one token
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take, JSON-able; bytes and seconds.
+
+    Attributes:
+        model: what the user called it.
+        recipe: its name.
+        device: where it is computed.
+        parameters: weights of the model.
+        bits_per_weight: of the decoder's linear layers.
+        checkpoint_bytes: of all tensors.
+        original_bytes: of the same model in FP16.
+        activations_bytes: hidden states of all calibration windows.
+        activations: where they will be: "device", "host" or "disk".
+        host_bytes: of this process at its peak, the activations included where they are on the host.
+        host_available_bytes: what the machine has free, or `Means.max_memory`.
+        device_bytes: at the peak, 0 on the CPU.
+        device_available_bytes: free on the device now, 0 on the CPU.
+        disk_bytes: at the output: the checkpoint, and what a run keeps beside it to go on from.
+        disk_available_bytes: free there.
+        seconds: of each stage.
+        rates: what the seconds are computed from.
+    """
+
+    model: str
+    recipe: str
+    device: str
+    parameters: int
+    bits_per_weight: float
+    checkpoint_bytes: int
+    original_bytes: int
+    activations_bytes: int
+    activations: str
+    host_bytes: int
+    host_available_bytes: int
+    device_bytes: int
+    device_available_bytes: int
+    disk_bytes: int
+    disk_available_bytes: int
+    seconds: dict[str, float]
+    rates: Rates
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the seconds of all stages together."""
+        return {**asdict(self), "seconds_in_all": sum(self.seconds.values())}
+
+
+def describe_source(model: str) -> Source:
+    """A model to be planned for: opened where it is local; on the hub its config alone is read, and its tensors have no values.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    if not is_hub_id(model):
+        return open_source(model)
+    config, dtype = read_hub_config(model)
+    architecture = Architecture.of(config, model)
+    tensors = {name: tensor.to(dtype) for name, tensor in meta_model(config).state_dict().items()}
+    stored = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+    return Source(model, config, architecture, tensors, stored, half=stored == dtype)
+
+
+def forecast(
+    model: str | Source,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    means: Means | None = None,
+    output: Path | None = None,
+    rates: Rates | None = None,
+) -> Forecast:
+    """What `quantize` with the same arguments will take, in one process.
+
+    Args:
+        model: hub id, local folder, `.gguf` file, or a source.
+        recipe: the recipe.
+        calibration: which text, and how much of it.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        means: bound on the memory.
+        output: folder to make, for the room on its disk; by default in the current folder.
+        rates: of the device; measured where they are not given.
+
+    Raises:
+        ValueError: as `quantize`, where it depends on neither weights nor text.
+    """
+    calibration, means, device = calibration or Calibration(), means or Means(), resolve_device(device)
+    source = describe_source(model) if isinstance(model, str) else model
+    check_length(calibration.seq_len, source)
+    if recipe.target_bits and not recipe.allocation:
+        raise ValueError(
+            f"target_bits is {recipe.target_bits:g}: what each layer gets is found on calibration text, so nothing can be planned before"
+        )
+    a, plan, cuda = source.architecture, make_plan(recipe, source.architecture, source.biases()), device.startswith("cuda")
+    run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
+    windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")
+    work, place = run.work(windows), run.flow(windows, means, Path()).place
+    free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
+    rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
+    on_host = work.host + (work.activations if place == "host" else 0)
+    beside = kept_bytes(a, recipe, compute_dtype(source, device).itemsize) + (work.activations if place == "disk" else 0)
+    return Forecast(
+        source.name, recipe.name, torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
+        on_host + resident_bytes(), available_bytes() + resident_bytes() if means.max_memory is None else means.max_memory,
+        device_bytes(a, recipe, work.activations if place == "device" else 0) if cuda else 0,
+        free,
+        plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
+        stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
+    )  # fmt: skip
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _weights(a: Architecture) -> dict[str, int]:
+    return {role: torch.Size(a.shape(role)).numel() for role in LINEARS}
+
+
+def kept_bytes(a: Architecture, recipe: Recipe, itemsize: int) -> int:
+    """What the work folder keeps of all blocks' inputs, until the checkpoint has its name."""
+    block = SAMPLED_TOKENS * a.intermediate * itemsize + 4 * a.kv_heads * a.head_size**2
+    if recipe.rotation == "per-layer":
+        block += 4 * len(SITE_NORM) * a.hidden**2
+    return a.layers * block + 2 * 8 * a.hidden**2
+
+
+def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
+    """Memory of a CUDA device at the peak: the larger of running a block over a batch and of rounding it, by counting tensors."""
+    weights, tokens = sum(_weights(a).values()), BATCH_TOKENS["cuda"]
+    sums = 8 * sum(a.width(site) ** 2 for site in SITES) if recipe.needs_moments else 8 * 2 * a.hidden**2
+    running = weights * (2 + 4 + 2) + sums + tokens * 2 * (6 * a.hidden + 3 * a.intermediate)
+    rounding = weights * (2 + 4 + 4 + 4) + (2 * sums if recipe.needs_moments else 0) + 4 * 4 * a.hidden * a.intermediate
+    table = 4 * 3 * 4096 * a.hidden + 2 * a.vocabulary * a.hidden
+    whole = 0
+    if recipe.rotation == "learned":
+        whole = 2 * (weights * a.layers + 2 * a.vocabulary * a.hidden) + 6 * 4 * weights
+    return activations + max(running, rounding, table, whole)
+
+
+def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Calibration, rates: Rates, kind: str) -> dict[str, float]:
+    """Seconds of each stage on one device.
+
+    Args:
+        a: the model's sizes.
+        recipe: the recipe.
+        plan: the recipe laid out over the model.
+        calibration: how much text.
+        rates: of the device.
+        kind: "cpu" or "cuda".
+    """
+    tokens, weights = calibration.samples * calibration.seq_len, _weights(a)
+    product, exact = rates.product * REACHED[kind], rates.exact * REACHED[kind]
+    attention = a.width("attn_out")
+    run = tokens * (2 * sum(weights.values()) + 4 * calibration.seq_len * attention) / product
+    seconds = {"text": 0.0, "embedding": 2 * a.vocabulary * a.hidden / rates.read}
+    if calibration.text == "self":
+        steps = -(-calibration.samples // SAMPLED_TOGETHER) * calibration.seq_len
+        each = 2 * min(SAMPLED_TOGETHER, calibration.samples) * (sum(weights.values()) * a.layers + a.vocabulary * a.hidden)
+        seconds["text"] = steps * (each / product + a.layers * LAYER_LAUNCHES / rates.launches)
+    seconds["activations"] = a.layers * (run + tokens * 2 * (2 * a.hidden**2 + attention * a.head_size) / product)
+    if recipe.needs_moments:
+        seconds["second pass"] = a.layers * (run + tokens * 2 * sum(a.width(site) ** 2 for site in SITES) / product)
+    if recipe.rotation == "learned":
+        step = min(BATCH, calibration.samples) * calibration.seq_len * 8 * sum(weights.values()) / product + sum(weights.values()) / rates.fitted
+        seconds["learning"] = recipe.learning_steps * a.layers * step
+    seconds["rotation"] = _eigen(a.hidden, exact, rates) if recipe.rotation == "global" else 0.0
+    seconds["preparing"] = a.layers * _preparing(a, recipe, weights, exact, rates)
+    seconds["rounding"] = a.layers * _rounding(a, recipe, weights, exact, rates)
+    seconds["tables"] = _tables(a, recipe, plan, exact, rates)
+    passes = 2 + recipe.needs_moments
+    reading = passes * 2 * a.layers * sum(weights.values()) / rates.read
+    behind = sum(seconds.values()) if kind == "cuda" else 0.0  # on a GPU the next block is read meanwhile
+    seconds["reading"] = max(0.0, reading - behind)
+    seconds["writing"] = plan.checkpoint_bytes * (1 / rates.hashed + 1 / DISK)
+    return seconds
+
+
+def _eigen(size: int, exact: float, rates: Rates) -> float:
+    """Of one symmetric matrix: it is cut down row by row, each by some small operations."""
+    return EIGEN * size**3 / (EIGEN_RATE * exact) + EIGEN * size / rates.launches
+
+
+def _preparing(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:
+    """Of one block: its bases and their products with the weights, and AWQ's searches for scales."""
+    seconds = 0.0
+    if recipe.rotation != "none":
+        seconds += 2 * a.hidden * sum(weights.values()) / exact
+    if recipe.rotation == "per-layer":
+        seconds += len(SITE_NORM) * _eigen(a.hidden, exact, rates)
+    if recipe.head_rotation == "head-wise":
+        seconds += a.kv_heads * _eigen(a.head_size, exact, rates)
+    if recipe.head_rotation == "shared":
+        seconds += _eigen(a.head_size, exact, rates)
+    if recipe.head_rotation == "concatenated":
+        seconds += _eigen(a.width("attn_out"), exact, rates)
+    for site, roles in SITES.items():
+        if (recipe.down_scaling if site == "mlp_out" else recipe.scaling) == "awq":
+            sampled = site == "mlp_out" and not recipe.needs_moments
+            loss = 2 * (SAMPLED_TOKENS if sampled else a.width(site))
+            seconds += STEPS * sum(weights[role] for role in roles) * (1 / rates.fitted + loss / exact)
+    return seconds
+
+
+def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:
+    """Of one block: grids and codes, with AWQ's search for ranges and GPTQ's feedback where the recipe has them."""
+    seconds = sum(weights.values()) / rates.packed
+    if recipe.clipping == "awq":
+        searched = sum(size for role, size in weights.items() if role not in UNCLIPPED)
+        seconds += len(SHARES) * searched * (1 / rates.fitted + 2 * recipe.group_size / exact)
+    if recipe.rounding == "gptq":
+        for role, size in weights.items():
+            width = a.width(SITE_OF[role])
+            seconds += size * (width + 2 * recipe.group_size) / exact
+        for site in SITES:
+            width = a.width(site)
+            seconds += 4 * width**3 / exact + COLUMN_LAUNCHES * width / rates.launches
+    return seconds
+
+
+def _tables(a: Architecture, recipe: Recipe, plan: Plan, exact: float, rates: Rates) -> float:
+    """Of embedding and lm_head: rotated, and rounded to 8 bits where the plan says so."""
+    size = a.vocabulary * a.hidden
+    rotated = 2 * a.hidden * 2 * size / exact if recipe.rotation not in ("none", "per-layer") else 0.0
+    return rotated + (2 * size / rates.packed if plan.tables else 0.0)

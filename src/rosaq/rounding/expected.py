@@ -1,0 +1,49 @@
+"""What rounding is expected to do to a layer's outputs, without rounding: for choosing among forms of a layer.
+
+A code is off by less than half a step, and by any such amount alike: a weight's error has the variance scale^2 / 12, and
+those of different weights are independent. Rounded to nearest, the outputs' squared error tr(dW M dW^T) is the sum of
+these times the diagonal of M. With GPTQ's feedback (arXiv:2210.17323) an error counts by what the channels still to come
+cannot make up for: the variance of its channel given theirs, d_j = 1 / U_jj^2 with U the Cholesky factor that GPTQ uses.
+Shape letters: N outputs, K inputs, G groups.
+"""
+
+import torch
+
+from rosaq.layout import LinearLayout
+from rosaq.rounding.gptq import inverse_factor
+from rosaq.rounding.grid import fit_grid, grouped
+
+
+def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: bool) -> torch.Tensor:
+    """What an error of each input channel's weights (K,) counts, float64.
+
+    With feedback the salient channels of `layout` come last, the first of them at the very end, so that the result holds
+    for any number of salient channels up to the layout's.
+    """
+    if not feedback:
+        return moment_KK.diagonal().double()
+    salient = torch.arange(layout.salient).flip(0)[:, None] + torch.arange(layout.blocks) * layout.block_size
+    order_K = torch.cat([layout.quantized_columns(), salient.flatten()]).to(moment_KK.device)
+    weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=moment_KK.device)
+    weights_K[order_K] = inverse_factor(moment_KK[order_K][:, order_K]).diagonal().pow(-2)
+    return weights_K
+
+
+def expected_loss(weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torch.Tensor, moment_KK: torch.Tensor) -> float:
+    """Expected tr(dW M dW^T) of a weight stored in a form.
+
+    Args:
+        weight_NK: the weight, in the order of the stored channels.
+        layout: the form.
+        weights_K: of `channel_weights`.
+        moment_KK: second moment M of the inputs; salient INT8 channels, which nothing makes up for, count by its diagonal.
+    """
+    columns, groups = layout.quantized_columns().to(weight_NK.device), layout.column_groups().to(weight_NK.device)
+    scale_NG, _ = fit_grid(grouped(weight_NK[:, columns], layout), layout.bits)
+    variance_G = scale_NG.double().square().sum(0) / 12
+    total = (variance_G[groups] * weights_K[columns]).sum()
+    if layout.salient and layout.salient_bits == 8:
+        columns = layout.salient_columns().to(weight_NK.device)
+        step_N = weight_NK[:, columns].abs().amax(1).double() / 127
+        total = total + step_N.square().sum() / 12 * moment_KK.diagonal()[columns].double().sum()
+    return float(total)

@@ -1,0 +1,153 @@
+"""Allocation: the target is kept, the choice is that of the losses, and every loader takes what comes out."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rosaq import Calibration, load_recipe, open_source, quantize
+from rosaq.allocation import Option, choose, hull
+from rosaq.clock import no_progress
+from rosaq.engines.loading import verify_checkpoint
+from rosaq.kernels.reference import dequantize
+from rosaq.layout import LinearLayout
+from rosaq.linear import RosaqLinear
+from rosaq.moments import Flow
+from rosaq.plan import make_plan, site_options
+from rosaq.recipe import Recipe, SiteForm
+from rosaq.rounding.expected import channel_weights, expected_loss
+from rosaq.rounding.linear import Rounding, quantize_linear
+from rosaq.sensitivity import output_sensitivity
+from rosaq.skeleton import full_model
+
+SMALL = load_recipe("rosaq-int4").replace(group_size=32, salient=16, salient_per_head=8, salient_down=16)
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def option(bits: int, loss: float) -> Option:
+    return Option(SiteForm(4, bits, 64), bits, loss)
+
+
+def test_the_hull_is_convex_and_falls():
+    options = [option(bits, loss) for bits, loss in ((3, 9.0), (1, 10.0), (4, 2.0), (6, 2.5), (5, 1.9), (1, 11.0), (8, 0.0))]
+    assert [found.bits for found in hull(options)] == [1, 4, 8]
+
+
+def test_the_choice_is_nearly_the_best():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sites = [
+            [option(bits, float(loss)) for bits, loss in zip((4, 5, 7, 8), torch.rand(4, generator=generator).sort(descending=True)[0], strict=True)]
+            for _ in range(4)
+        ]
+        chosen = choose(sites, 24)
+        assert sum(found.bits for found in chosen) <= 24
+        every = [each for each in itertools.product(*sites) if sum(found.bits for found in each) <= 24]
+        best, worst = (pick(sum(found.loss for found in each) for each in every) for pick in (min, max))
+        assert sum(found.loss for found in chosen) <= best + 0.2 * (worst - best)
+    with pytest.raises(ValueError, match="take 16 bits, the target allows 15"):
+        choose(sites, 15)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_expected_loss_is_that_of_rounding(feedback, bits):
+    """Within 30 %, with correlated inputs, heads and salient channels; feedback is counted."""
+    torch.manual_seed(1)
+    layout = LinearLayout(64, 96, bits, 32, blocks=3, salient=8, salient_bits=8)
+    x = torch.randn(4000, 96) @ (torch.randn(96, 96) * torch.linspace(2, 0.1, 96))
+    moment, weight = x.T @ x / len(x), torch.randn(64, 96)
+    stored = quantize_linear(weight, layout, moment_KK=moment, rounding=Rounding(gptq=feedback))
+    error = dequantize(layout, stored) - weight
+    measured = float(((error @ moment) * error).sum())
+    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment)
+    assert expected == pytest.approx(measured, rel=0.3)
+
+
+def test_sensitivity_is_the_divergence_of_noise(saved, text_file):
+    """Noise of 1 % of a layer's outputs, drawn at random, makes about the divergence that it says."""
+    source = open_source(str(saved("llama")))
+    windows = torch.randint(source.architecture.vocabulary, (64, 32), generator=torch.Generator().manual_seed(0))
+    found = output_sensitivity(source, windows, "cpu", torch.float32, None, Flow(), no_progress)
+    model = full_model(source, torch.float32)
+    with torch.no_grad():
+        wanted = model(windows).logits.double().log_softmax(-1)
+        for index, role, module in ((0, "down", "mlp.down_proj"), (1, "gate", "mlp.gate_proj"), (0, "v", "self_attn.v_proj")):
+            layer, generator = model.model.layers[index].get_submodule(module), torch.Generator().manual_seed(2)
+
+            def noisy(_, __, y, generator=generator):
+                spread = y.flatten(0, -2).square().mean(0).sqrt()
+                return y + 0.03 * spread * torch.randn(y.shape, generator=generator)
+
+            handle = layer.register_forward_hook(noisy)
+            got = model(windows).logits.double().log_softmax(-1)
+            handle.remove()
+            kl = float((wanted.exp() * (wanted - got)).sum(-1).mean())
+            assert kl == pytest.approx(found[index][role] * 0.03**2, rel=0.35), (index, role)
+
+
+@pytest.mark.parametrize(("family", "recipe", "target"), [("llama", SMALL, 4.0), ("qwen2", SMALL, 4.9), ("qwen3", load_recipe("rtn"), 4.2)])
+def test_the_target_is_kept(family, recipe, target, saved, text_file, tmp_path):
+    """By the count of the tables; the forms are in the checkpoint, which is verified, and runs."""
+    recipe = recipe.replace(target_bits=target)
+    source = open_source(str(saved(family)))
+    report = quantize(source, tmp_path / "out", recipe, Calibration(str(text_file), 8, 32), "cpu")
+    assert target - 0.25 < report.bits_per_weight <= target
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert stored == report.recipe and len(stored["allocation"].split()) == source.architecture.layers
+    again = make_plan(Recipe.from_dict(stored), source.architecture, source.biases())
+    assert again.bits_per_weight == report.bits_per_weight
+    options = site_options(recipe)
+    for word in stored["allocation"].split():
+        for entry, forms in zip(word.split(","), options.values(), strict=True):
+            assert entry in map(str, forms)
+    verify_checkpoint(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for index, block in enumerate(loaded.model.layers):
+        layouts = {name: layer.layout for name, layer in block.named_modules() if isinstance(layer, RosaqLinear)}
+        assert layouts["self_attn.q_proj"].form() == layouts["self_attn.v_proj"].form() == again.blocks[index]["k"].form()
+        assert layouts["mlp.gate_proj"].form() == layouts["mlp.up_proj"].form()
+    original = full_model(source, torch.float32)
+    with torch.inference_mode():
+        wanted, got = original(IDS).logits, loaded(IDS).logits
+    assert float((got - wanted).norm() / wanted.norm()) < 0.5
+
+
+def test_a_run_that_ended_goes_on_with_the_same_allocation(saved, text_file, tmp_path, monkeypatch):
+    """And ends in the bytes of one that did not."""
+    source, text = str(saved("llama")), Calibration(str(text_file), 8, 32)
+    recipe = SMALL.replace(target_bits=4.2)
+    quantize(source, tmp_path / "whole", recipe, text, "cpu")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rosaq.pipeline.quantize_table", fail)
+        with pytest.raises(RuntimeError, match="power"):
+            quantize(source, tmp_path / "broken", recipe, text, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("rosaq.pipeline.allocate", fail)  # it is kept, not found again
+        report = quantize(source, tmp_path / "broken", recipe, text, "cpu")
+    assert report.resumed_blocks == 2
+    for name in ("model.safetensors", "config.json", "rosaq.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(ValueError, match="not empty"):
+        quantize(source, tmp_path / "whole", recipe, text, "cpu")
+
+
+def test_refusals(saved, text_file, tmp_path):
+    source = open_source(str(saved("llama")))
+    for target in (1.0, 3.0, 9.0):
+        with pytest.raises(ValueError, match=rf"target_bits is {target:g}; .* this model can have 3\.\d+ to \d\.\d+ bits per weight"):
+            quantize(source, tmp_path / "out", SMALL.replace(target_bits=target), Calibration(str(text_file), 8, 32), "cpu")
+    assert not list(tmp_path.glob("*out*"))
+    for name, match in (("spinquant", "rotation 'learned'"), ("rosaq-bottom", "selection"), ("rosaq-heads-concatenated", "'concatenated'")):
+        with pytest.raises(ValueError, match=match):
+            load_recipe(name).replace(target_bits=4.0)
+    with pytest.raises(ValueError, match="words of four BITS:SALIENT:GROUP"):
+        SMALL.replace(allocation="4:16:32,4:8:32,4:16:32")
+    with pytest.raises(ValueError, match="allocation is of 1 decoder blocks, but the model has 2"):
+        make_plan(SMALL.replace(allocation="4:16:32,4:8:32,4:16:32,3:0:32"), source.architecture)

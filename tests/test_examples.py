@@ -1,0 +1,61 @@
+"""The examples run, on a tiny model; those that are commands answer --help. What they measure is in docs/results.md and docs/log.md."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import random_model, tokenizer
+from pages import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Wide enough for the sizes that the examples name."""
+    sizes = dict(vocab_size=320, hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    random_model("llama", **sizes).save_pretrained(tmp_path / "model")
+    tokenizer(320).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_smollm2(model, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "smollm2.py", "--model", model, "--samples", 2, "--seq-len", 32, "--out", tmp_path / "out")
+    shown = capsys.readouterr().out
+    for word in ("bits per weight", "largest relative error", ".html", "s in all"):
+        assert word in shown, shown
+    assert (tmp_path / "out" / "checkpoint" / "rosaq.json").is_file() and list((tmp_path / "out" / "inspection").glob("*.png"))
+
+
+def test_hub_7b(model, text_file, tmp_path, monkeypatch, capsys):
+    sizes = ["--samples", 2, "--seq-len", 32, "--window", 32, "--calibration", text_file, "--text", text_file, "--device", "cpu"]
+    run(monkeypatch, "hub_7b.py", model, "--out", tmp_path / "out", "--max-memory", "64GiB", *sizes)
+    figures = json.loads((tmp_path / "out.figures.json").read_text())
+    assert figures["plan"]["checkpoint_bytes"] == figures["run"]["checkpoint_bytes"]
+    assert len(figures["errors"]) == 4 and 0 < figures["text"]["kl_divergence"] < 1
+    assert "KL divergence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "chat.py"])
+def test_help(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, name, "--help")
+    assert not stop.value.code and capsys.readouterr().out.startswith("usage:")
+
+
+def test_chat_answers_help_and_says_that_nothing_is_there():
+    pytest.importorskip("openai")
+    command = [sys.executable, str(ROOT / "examples" / "chat.py")]
+    assert "rosaq serve" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([*command, "--url", "http://localhost:9/v1", "hello"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("nothing answers at http://localhost:9/v1")
