@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rosaq import kernels
+from rosaq.benchmark.kernels import llama2_7b, llama3_8b
 from rosaq.engines.dummy import random_tensors
-from rosaq.kernels import build, cpu, cuda, dequantized, reference, shapes, stream
+from rosaq.kernels import build, cpu, cuda, dequantized, measured, reference, shapes, stream
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
 
@@ -157,6 +158,14 @@ def test_stream_of_the_cuda_kernels_has_the_planned_size(layout: LinearLayout) -
     for tokens in (1, 16, 17, 300):
         shape = shapes.choose(form, tokens, 132)
         assert shape.sizes.tokens == tokens
+
+
+def test_measured_cuts_are_ways_to_cut_the_layers_that_they_name() -> None:
+    layers = [layout for bits in (4, 3) for model in (llama2_7b, llama3_8b) for layout in model(bits).values()]
+    forms = {(f.bits, f.group_runs, f.tiles, f.q_items, f.s_items): f for f in (stream.plan(layout)[0] for layout in layers)}
+    for (*layer, tokens), cut in measured.CUTS.items():
+        assert shapes.choose(forms[tuple(layer)], tokens, measured.MULTIPROCESSORS).cut == cut
+    assert {key[:5] for key in measured.CUTS} == set(forms)
 
 
 def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:

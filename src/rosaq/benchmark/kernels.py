@@ -1,10 +1,12 @@
 """Times one quantized linear layer y = x W^T on the GPU: our kernels, cuBLAS, and, where vLLM is importable, Marlin and Machete.
 
+`rosaq` is the kernel that `kernels.choose` takes, `triton` our portable one at the numbers of tokens that it multiplies itself.
+
 Every weight is replicated so that a pass over the copies exceeds the L2 cache twice over; the copies run inside one CUDA graph;
 the figure is the median replay divided by the number of copies, in microseconds. The limit is the larger of the bytes of the
 weight (scales included, no salient part) over the measured copy bandwidth, and of 2 M K N over the measured dense rate.
 Salient channels are stored and multiplied on top of it: the peers have none. Marlin and Machete are timed at 4 bits only, which is what they
-take. Also timed: repacking a layer from the checkpoint's tensors.
+take, on random words: their time does not depend on the weight. Also timed: repacking a layer from the checkpoint's tensors.
 """
 
 import importlib.util
@@ -19,12 +21,14 @@ import torch
 
 from rosaq import kernels
 from rosaq.engines.dummy import random_tensors
-from rosaq.kernels import cuda
+from rosaq.kernels import cuda, portable
 from rosaq.layout import LinearLayout
 
 TFLOPS = 790e12  # dense float16 products on an H200, random data
 COPIES_BYTES = 300_000_000  # per pass, against 50 to 60 MB of L2
 BATCHES = (1, 16, 64, 128, 256, 1024, 4096)
+SHOWN = ("rosaq", "triton", "cublas", "marlin", "machete")
+OWN = SHOWN[:2]  # the others are peers
 Calls = Callable[[torch.Tensor], list[Callable[[], Any]]]  # x -> one call per copy of a weight
 
 
@@ -97,6 +101,16 @@ def our_calls(layout: LinearLayout, tensors: dict[str, torch.Tensor], dtype: tor
     return lambda x: [lambda p=p: kernel.run(x, p) for p in prepared], repack_ms  # type: ignore[misc]
 
 
+def triton_calls(layout: LinearLayout, dtype: torch.dtype) -> dict[str, Calls]:
+    """Calls of the portable kernel over copies of the stored tensors, where Triton is installed."""
+    if portable.why_not(layout, torch.device("cuda"), dtype) is not None:
+        return {}
+    tensors = random_tensors(layout, "cuda")
+    copies = range(max(2, COPIES_BYTES // tensors["qweight"].nbytes))
+    prepared = [portable.prepare(layout, {name: t.clone() for name, t in tensors.items()}, dtype) for _ in copies]
+    return {"triton": lambda x: [lambda p=p: portable.run(x, p) for p in prepared]}  # type: ignore[misc]
+
+
 def peer_calls(layout: LinearLayout, dtype: torch.dtype) -> dict[str, Calls]:
     """cuBLAS, and vLLM's Marlin and Machete on the whole layer at 4 bits (they know no salient channels)."""
     k, n = layout.in_features, layout.out_features
@@ -106,32 +120,32 @@ def peer_calls(layout: LinearLayout, dtype: torch.dtype) -> dict[str, Calls]:
         return calls
     from vllm import _custom_ops as ops  # noqa: PLC0415
     from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new  # noqa: PLC0415
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import marlin_quantize  # noqa: PLC0415
-    from vllm.model_executor.layers.quantization.utils.quant_utils import gptq_quantize_weights, pack_rows  # noqa: PLC0415
     from vllm.scalar_type import scalar_types  # noqa: PLC0415
 
-    base, kind = torch.randn(k, n, device="cuda", dtype=dtype) * 0.02, scalar_types.uint4b8
-    workspace, empty = marlin_make_workspace_new(base.device), torch.empty(0, dtype=torch.int, device="cuda")
-    copies = max(2, COPIES_BYTES // (k * n // 2))
-    _, q, s, *_ = marlin_quantize(base, kind, 128, False)
-    marlin = [(q.clone(), s.clone()) for _ in range(copies)]
+    kind, empty = scalar_types.uint4b8, torch.empty(0, dtype=torch.int, device="cuda")
+    workspace = marlin_make_workspace_new(empty.device)
+    copies = range(max(2, COPIES_BYTES // (k * n // 2)))
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(1 << 31), (1 << 31) - 1, shape, dtype=torch.int32, device="cuda")
+
+    scales = [torch.rand(k // 128, n, device="cuda").to(dtype) * 0.01 for _ in copies]
+    marlin = [(words(k // 16, 2 * n), s) for s in scales]
     calls["marlin"] = lambda x: [
         lambda p=p: ops.marlin_gemm(  # type: ignore[misc]
             x, None, p[0], None, p[1], None, None, None, empty, empty, workspace, kind, x.shape[0], n, k, True, False, True, False
         )
         for p in marlin
     ]
-    _, q, s, *_ = gptq_quantize_weights(base, kind, 128, False)
-    q = ops.machete_prepack_B(pack_rows(q, 4, *q.shape).t().contiguous().t(), dtype, kind, dtype)
-    machete = [(q.clone(), s.clone()) for _ in range(copies)]
+    machete = [(ops.machete_prepack_B(words(n, k // 8).t(), dtype, kind, dtype), s) for s in scales]
     calls["machete"] = lambda x: [lambda p=p: ops.machete_mm(x, p[0], kind, x.dtype, p[1], None, 128) for p in machete]  # type: ignore[misc]
     return calls
 
 
 def default_layouts() -> dict[str, LinearLayout]:
-    """The fused layers of both models at 4 and at 3 bits."""
+    """The fused layers of both models at 4 and at 3 bits, and the 8192 x 8192 layer at 3 bits that others publish figures for."""
     three = {f"{name} int3": layout for name, layout in {**llama2_7b(3), **llama3_8b(3)}.items()}
-    return {**llama2_7b(), **llama3_8b(), **three}
+    return {**llama2_7b(), **llama3_8b(), **three, "square int3": LinearLayout(8192, 8192, 3, 128)}
 
 
 def benchmark_kernels(
@@ -155,15 +169,16 @@ def benchmark_kernels(
         raise RuntimeError("`benchmark kernels` times GPU kernels and finds no CUDA GPU")
     bandwidth = copy_bandwidth()
     _show(f"{torch.cuda.get_device_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s, {dtype}, torch {torch.__version__}")
-    kernels_shown = "".join(f"{name:>8s}" for name in ("rosaq", "cublas", "marlin", "machete"))
+    kernels_shown = "".join(f"{name:>8s}" for name in SHOWN)
     _show(f"{'layer':>20s} bits     M{kernels_shown}  limit  /peer  share  (us)")
     rows = []
     for name, layout in (layouts or default_layouts()).items():
         ours, repack_ms = our_calls(layout, random_tensors(layout, "cuda"), dtype)
-        calls = {"rosaq": ours, **(peer_calls(layout, dtype) if peers else {})}
+        calls = {"rosaq": ours, **triton_calls(layout, dtype), **(peer_calls(layout, dtype) if peers else {})}
         for tokens in batches:
             x = torch.randn(tokens, layout.in_features, device="cuda", dtype=dtype)
-            times = {kernel: microseconds(over(x), 30 if tokens <= 256 else 8) for kernel, over in calls.items()}
+            timed = {kernel: over for kernel, over in calls.items() if kernel != "triton" or tokens <= portable.MAX_TOKENS}
+            times = {kernel: microseconds(over(x), 30 if tokens <= 256 else 8) for kernel, over in timed.items()}
             rows.append({**_row(name, layout, tokens, dtype, times, bandwidth), "repack_ms": repack_ms})
         _show(f"{name:>20s} {layout.bits:4d} repacked in {repack_ms:.1f} ms")
         del calls, ours
@@ -181,14 +196,14 @@ def _row(name: str, layout: LinearLayout, tokens: int, dtype: torch.dtype, times
     """One row of the table, printed as it is made."""
     k, n = layout.in_features, layout.out_features
     limit = max(k * n * (layout.bits / 8 + 2 / layout.group_size) / bandwidth, 2 * tokens * k * n / TFLOPS) * 1e6
-    best = min((time for kernel, time in times.items() if kernel != "rosaq"), default=None)
+    best = min((time for kernel, time in times.items() if kernel not in OWN), default=None)
     row: dict[str, Any] = {
         "layer": name, "in_features": k, "out_features": n, "bits": layout.bits, "group_size": layout.group_size,
         "salient": layout.blocks * layout.salient, "salient_bits": layout.salient_bits, "tokens": tokens, "dtype": str(dtype),
         "microseconds": times, "limit_us": limit, "to_best_peer": None if best is None else times["rosaq"] / best,
         "share_of_limit": limit / times["rosaq"],
     }  # fmt: skip
-    shown = [f"{times[kernel]:7.1f}" if kernel in times else "      -" for kernel in ("rosaq", "cublas", "marlin", "machete")]
+    shown = [f"{times[kernel]:7.1f}" if kernel in times else "      -" for kernel in SHOWN]
     ratio = "     -" if best is None else f"{row['to_best_peer']:6.2f}"
     _show(f"{name:>20s} {layout.bits:4d} {tokens:5d} {' '.join(shown)} {limit:6.1f} {ratio} {row['share_of_limit']:6.2f}")
     return row
@@ -200,5 +215,5 @@ def _print_sums(rows: list[dict[str, Any]]) -> None:
     for model, bits, tokens in keys:
         mine = [row for row in rows if (row["layer"].split()[0], row["bits"], row["tokens"]) == (model, bits, tokens)]
         ours = sum(row["microseconds"]["rosaq"] for row in mine)
-        best = [min((t for kernel, t in row["microseconds"].items() if kernel != "rosaq"), default=float("nan")) for row in mine]
+        best = [min((t for kernel, t in row["microseconds"].items() if kernel not in OWN), default=float("nan")) for row in mine]
         _show(f"sum over {len(mine)} layers of {model}, INT{bits}, M = {tokens}: rosaq {ours:.1f} us, best peers {sum(best):.1f} us")

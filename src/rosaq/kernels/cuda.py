@@ -37,12 +37,6 @@ class _Weights(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Meeting(ctypes.Structure):
-    """`Meeting` of csrc/format.cuh."""
-
-    _fields_: ClassVar[list[tuple[str, Any]]] = [("partial", ctypes.c_void_p), ("counters", ctypes.c_void_p)]
-
-
 @dataclass(frozen=True)
 class Prepared:
     """One repacked layer."""
@@ -52,7 +46,6 @@ class Prepared:
     salient_scales: torch.Tensor | None  # (16 T,) float16
     bias: torch.Tensor | None  # (N,) in the type of x
     gather: torch.Tensor | None  # positions in x, K reading a zero; None: x is read where it lies
-    counters: torch.Tensor  # (T,) int32, zero between launches: where CTAs that share a tile meet, so a layer runs once at a time
 
     @cached_property
     def weights(self) -> _Weights:
@@ -100,7 +93,6 @@ def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: to
         salient_scales=salient_scales,
         bias=None if bias is None else bias.to(dtype),
         gather=None if gather is None else gather.to(device),
-        counters=torch.zeros(form.tiles, dtype=torch.int32, device=device),
     )
     library(form, dtype)
     _ = prepared.weights, prepared.boxed  # made now rather than in a captured graph
@@ -112,7 +104,7 @@ def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: to
 def run(x_MK: torch.Tensor, prepared: Prepared) -> torch.Tensor:
     """The product (M, N) in the type of x."""
     if torch.compiler.is_compiling():
-        tensors = (prepared.stream, prepared.salient_scales, prepared.bias, prepared.gather, prepared.counters)
+        tensors = (prepared.stream, prepared.salient_scales, prepared.bias, prepared.gather)
         return torch.ops.rosaq.cuda_matmul(x_MK, *tensors, list(astuple(prepared.form)))
     return _matmul(x_MK, prepared)
 
@@ -121,11 +113,9 @@ def run(x_MK: torch.Tensor, prepared: Prepared) -> torch.Tensor:
 def register() -> torch.library.Library:
     """Make `torch.ops.rosaq.cuda_matmul`, which torch.compile sees as one node."""
     ops = torch.library.Library("rosaq", "FRAGMENT")
-    ops.define("cuda_matmul(Tensor x, Tensor stream, Tensor? salient_scales, Tensor? bias, Tensor? gather, Tensor counters, int[] form) -> Tensor")
-    ops.impl("cuda_matmul", lambda x, s, ss, b, g, c, form: _matmul(x, Prepared(stream.Form(*form), s, ss, b, g, c)), "CUDA")
-    torch.library.register_fake(
-        "rosaq::cuda_matmul", lambda x, s, ss, b, g, c, form: x.new_empty(x.shape[0], stream.Form(*form).out_features), lib=ops
-    )
+    ops.define("cuda_matmul(Tensor x, Tensor stream, Tensor? salient_scales, Tensor? bias, Tensor? gather, int[] form) -> Tensor")
+    ops.impl("cuda_matmul", lambda x, s, ss, b, g, form: _matmul(x, Prepared(stream.Form(*form), s, ss, b, g)), "CUDA")
+    torch.library.register_fake("rosaq::cuda_matmul", lambda x, s, ss, b, g, form: x.new_empty(x.shape[0], stream.Form(*form).out_features), lib=ops)
     return ops
 
 
@@ -158,7 +148,7 @@ def _matmul(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         if tokens > shapes.DECODE_TOKENS and prepared.boxed is not None:
             form, gather, weights = prepared.boxed
             x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
-        launch(x, y, weights, form, shapes.choose(form, tokens, _multiprocessors(x.device.index)), prepared.counters)
+        launch(x, y, weights, form, shapes.choose(form, tokens, _multiprocessors(x.device.index)))
     return y
 
 
@@ -174,16 +164,11 @@ def _weights(prepared: Prepared, form: stream.Form) -> _Weights:
     return _Weights(*pointers, form.tile_bytes, form.scales_offset, form.salient_offset, *astuple(form)[2:])
 
 
-def launch(
-    x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: stream.Form, shape: shapes.Shape, counters: torch.Tensor, overlap: bool = True
-) -> None:
+def launch(x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: stream.Form, shape: shapes.Shape, overlap: bool = True) -> None:
     """One launch of the decoding or batch kernel; `overlap`: start fetching weights before the previous kernel has finished."""
     lib = library(form, x.dtype)
     device = x.device
     x_stride = x.stride(0) if x.shape[0] > 1 else form.columns
-    partials = shape.partial_floats(form)
-    partial = torch.empty(partials, dtype=torch.float32, device=device) if partials else None
-    meeting = _Meeting(None if partial is None else partial.data_ptr(), counters.data_ptr())
     function = lib.rosaq_decode if isinstance(shape.sizes, shapes.DecodeShape) else lib.rosaq_batch
     with torch.cuda.device(device):
         code = function(
@@ -194,7 +179,6 @@ def launch(
             ctypes.c_int64(y.stride(0)),
             shape.sizes,
             shape.variant,
-            meeting,
             int(overlap),
             ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
         )

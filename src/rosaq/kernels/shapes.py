@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, ClassVar
 
+from rosaq.kernels.measured import CUTS, MEASURED_TOKENS, MULTIPROCESSORS
 from rosaq.kernels.stream import RUN, TILE, Form
 
 DECODE_TOKENS = 16  # most that the decoding kernel takes
@@ -38,12 +39,13 @@ class Shape:
     sizes: DecodeShape | BatchShape
     variant: int  # decoding: row tiles per warp; batch: tokens per CTA
 
-    def partial_floats(self, form: Form) -> int:
-        """Partial sums that the splits of the whole output meet over."""
-        if isinstance(self.sizes, BatchShape) or self.sizes.splits == 1:
-            return 0  # the splits of the batch kernel meet in shared memory, as a cluster
-        rows = self.sizes.row_warps * self.variant * TILE
-        return -(-form.tiles * TILE // rows) * rows * self.sizes.tokens * self.sizes.splits
+    @property
+    def cut(self) -> tuple[int, int, int, int]:
+        """What tells it from the other ways to cut the same launch, as in `measured.CUTS`."""
+        sizes = self.sizes
+        if isinstance(sizes, DecodeShape):
+            return sizes.splits, self.variant, sizes.row_warps, sizes.k_warps
+        return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.slots
 
     def __repr__(self) -> str:
         """Fields by name."""
@@ -53,8 +55,14 @@ class Shape:
 
 @lru_cache(maxsize=4096)
 def choose(form: Form, tokens: int, multiprocessors: int) -> Shape:
-    """The launch with the least estimated time among those that fit."""
+    """The launch that was fastest where this layer was measured, otherwise the one with the least estimated time among those that fit."""
     candidates = decode_shapes(form, tokens) if tokens <= DECODE_TOKENS else batch_shapes(form, tokens)
+    size = next((size for size in MEASURED_TOKENS if tokens <= size), 0)
+    measured = CUTS.get((form.bits, form.group_runs, form.tiles, form.q_items, form.s_items, size))
+    if multiprocessors == MULTIPROCESSORS and measured:
+        found = next((shape for shape in candidates if shape.cut == measured), None)
+        if found:
+            return found
     cost = _decode_cost if tokens <= DECODE_TOKENS else _batch_cost
     return min(candidates, key=lambda shape: cost(form, shape, multiprocessors))
 
@@ -64,9 +72,10 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     weights = (form.code_bytes + form.scale_bytes, form.s_item_bytes)
     slot_bytes = max(1024, weights[0])
-    for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (8, 12, 16, 24)):
+    for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (4, 6, 8, 12, 16, 24)):
         k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
-        if k_warps < 1 or (warps > 16 and (tokens > 8 or per_warp > 1)) or (splits, per_warp, row_warps, k_warps) in found:
+        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (12 if per_warp == 1 else 16)  # as the kernels are built
+        if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)
         x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * tokens * 64
@@ -119,21 +128,23 @@ def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
 
 def batch_shapes(form: Form, tokens: int) -> list[Shape]:
     """Every way to cut a launch of the batch kernel that fits into shared memory."""
-    found = []
+    found: dict[tuple[int, ...], Shape] = {}
     tile = next((t for t in (32, 64) if tokens <= t), 128)
     weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
-    for groups, twice, splits in product((1, 2, 3), (1, 2), (1, 2, 3, 4, 6, 8)):
+    for groups, twice, splits, resident in product((1, 2, 3), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
         row_tiles = 4 * groups * twice
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
-        slots = min(8, SHARED_BYTES // (slot_bytes + 16))
+        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16))
         sums = tile * (TILE * row_tiles + 4) * 4
         if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
             continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        found.append(Shape(BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin)), tile))
-    return found
+        found[groups, twice, splits, slots] = Shape(
+            BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin)), tile
+        )
+    return list(found.values())
 
 
 def _batch_cost(form: Form, shape: Shape, multiprocessors: int) -> float:

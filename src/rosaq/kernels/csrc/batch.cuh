@@ -215,22 +215,11 @@ __global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights 
     for (int o = threadIdx.x + blockDim.x * split; o < here * rows / 4; o += blockDim.x * shape.splits) {
         const int m = o / (rows / 4), row = 4 * (o % (rows / 4)), out = first_tile * 16 + row;
         if (out >= w.out_features) continue;
-        float total[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) total[e] = w.bias && out + e < w.out_features ? widen(static_cast<const uint16_t*>(w.bias)[out + e]) : 0.f;
-        for (int s = 0; s < shape.splits; ++s) {
-            const uint32_t address = slots + (m * pitch + row) * 4, from = shape.splits == 1 ? address : remote_address(address, s);
-            float v[4];
-            asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(from) : "memory");
-#pragma unroll
-            for (int e = 0; e < 4; ++e) total[e] += v[e];
-        }
-        uint16_t* to = y + (token + m) * y_stride + out;
-        if (out + 4 <= w.out_features && (reinterpret_cast<uintptr_t>(to) & 7) == 0) {
-            *reinterpret_cast<uint2*>(to) = make_uint2(narrow(total[0]) | uint32_t(narrow(total[1])) << 16, narrow(total[2]) | uint32_t(narrow(total[3])) << 16);
-        } else {
-            for (int e = 0; e < 4 && out + e < w.out_features; ++e) to[e] = narrow(total[e]);
-        }
+        float total[4] = {};
+        const float4 mine = *reinterpret_cast<const float4*>(sums + m * pitch + row);
+        if (shape.splits == 1) total[0] = mine.x, total[1] = mine.y, total[2] = mine.z, total[3] = mine.w;
+        else for (int s = 0; s < shape.splits; ++s) add_remote(total, slots + (m * pitch + row) * 4, s);
+        store_four(w, y, y_stride, token + m, out, total);
     }
     if (shape.splits > 1) cluster_sync();  // nobody leaves while its sums are being read
 }

@@ -1,8 +1,9 @@
 // Few tokens (M <= 16): every warp streams its own row tiles.
 //
-// A CTA owns R = `row_warps` * TILES row tiles and one of `splits` stretches of their items; its warps are row_warps x k_warps, each with
-// TILES tiles and a stretch of the CTA's items. A warp copies DEPTH items per tile ahead (cp.async) into its own ring in shared memory
-// and needs no other warp until the sums are added up. Weights are fetched before the previous kernel of the
+// A CTA owns R = `row_warps` * TILES row tiles and, in a cluster of `splits` CTAs, one stretch of their items; its warps are
+// row_warps x k_warps, each with TILES tiles and a stretch of the CTA's items. A warp copies DEPTH items per tile ahead (cp.async) into its own
+// ring in shared memory and needs no other warp until the sums are added up, but for x: the row_warps warps that meet the same channels bring
+// them together, in one or four chunks, and wait for each chunk only when they get there. Weights are fetched before the previous kernel of the
 // stream has finished; x, which that kernel may be writing, is read after.
 //
 // x lies in shared memory as [run][token][64 bytes], its 16-byte pieces exchanged as in the 64-byte swizzle, so ldmatrix has no conflicts.
@@ -51,10 +52,17 @@ struct DecodeShape {
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
 __host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
 
-// Runs [first, first + count) of x, all tokens, to shared memory; channels that do not exist read as zero.
-__device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const uint16_t* x, int64_t x_stride, int first, int count, uint32_t to) {
-    const int q_runs = w.q_items * RUNS, tokens = shape.tokens;
-    for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
+// Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
+__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 4; }
+constexpr int MOST_WARPS = 24;  // of a CTA
+
+// Runs [first, first + count) of x, all tokens, to shared memory, by the warps that read them; channels that do not exist read as zero.
+__device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const uint16_t* x, int64_t x_stride, int first, int count, uint32_t to, int row_warp) {
+    const int q_runs = w.q_items * RUNS, tokens = shape.tokens, lane = threadIdx.x & 31;
+    const int over_tokens = min(tokens, shape.row_warps), over_pieces = shape.row_warps / over_tokens;  // how the warps share the work
+    const int token = row_warp % over_tokens, part = row_warp / over_tokens;
+    if (part >= over_pieces) return;
+    for (int i = 32 * part + lane; i < 4 * count; i += 32 * over_pieces) {
         const int piece = i & 3, run = first + (i >> 2);
         const bool salient = run >= q_runs;
         const int r = salient ? run - q_runs : run, per_block = salient ? w.s_runs_per_block : w.q_runs_per_block;
@@ -62,13 +70,15 @@ __device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const
         const bool there = block < w.blocks && within < (salient ? w.s_valid : w.q_valid);
         const uint16_t* from = there ? x + int64_t(block) * w.block_size + (salient ? w.s_offset : w.q_offset) + within : x;
         const uint32_t run_to = to + (i >> 2) * tokens * 64;
-        for (int m = 0; m < tokens; ++m) {
+        for (int m = token; m < tokens; m += over_tokens) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(run_to + m * 64 + ((piece ^ ((m >> 1) & 3)) << 4)),
                          "l"(from + (there ? m * x_stride : 0)), "r"(there ? 16 : 0)
                          : "memory");
         }
     }
 }
+// Arrives when this thread's copies so far are done.
+__device__ inline void copy_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
 
 // What a lane holds of a quantized block of one row tile: its words as stored, and the scales.
 struct Held {
@@ -105,10 +115,10 @@ __device__ inline void multiply_unit(const Held& held, int u, const uint32_t (&b
 }
 
 template <int TOKEN_TILES, int TILES>
-__global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
+__global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? 384 : 512, TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
     decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
-           const __grid_constant__ DecodeShape shape, const __grid_constant__ Meeting meeting) {
-    constexpr int DEPTH = depth_of(TILES), RING_BYTES = DEPTH * TILES * SLOT_BYTES;
+           const __grid_constant__ DecodeShape shape) {
+    constexpr int CHUNKS = chunks_of(TOKEN_TILES), DEPTH = depth_of(TILES), RING_BYTES = DEPTH * TILES * SLOT_BYTES;
     extern __shared__ __align__(1024) uint8_t shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row_warp = warp % shape.row_warps, k_warp = warp / shape.row_warps;
@@ -117,7 +127,7 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
     const uint32_t x_shared = shared_address(shared);
     uint8_t* ring = shared + shape.x_bytes + warp * RING_BYTES;
     const uint16_t* share = shape.begin + split * shape.k_warps;
-    const int cta_begin = share[0], cta_end = share[shape.k_warps], begin = share[k_warp], end = my_tile < w.tiles ? share[k_warp + 1] : begin;
+    const int cta_begin = share[0], begin = share[k_warp], share_end = share[k_warp + 1], end = my_tile < w.tiles ? share_end : begin;
     const int q_end = min(end, w.q_items);
     const bool bytes = w.salient_scales != nullptr;
 
@@ -155,12 +165,19 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
     const uint32_t ring_lane = shared_address(ring) + 16 * lane;
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(ring_lane + d * TILES * SLOT_BYTES);
+    __shared__ uint64_t x_ready[MOST_WARPS * CHUNKS];  // per part of the CTA's items and chunk of x
+    if (threadIdx.x < shape.k_warps * CHUNKS) barrier_init(shared_address(x_ready + threadIdx.x), shape.row_warps * 32);
+    __syncthreads();
     let_next_start();
     wait_for_previous();
-    const int first_run = item_run(w, cta_begin);
-    stage_x(w, shape, x, x_stride, first_run, item_run(w, cta_end) - first_run, x_shared);
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+    const int first_run = item_run(w, cta_begin), chunk = (share_end - begin + CHUNKS - 1) / CHUNKS;  // items per chunk
+    uint32_t ready = shared_address(x_ready + k_warp * CHUNKS);
+    for (int c = 0, run = item_run(w, begin); c < CHUNKS; ++c) {
+        const int run_end = item_run(w, min(begin + (c + 1) * chunk, share_end));
+        stage_x(w, shape, x, x_stride, run, run_end - run, x_shared + (run - first_run) * shape.tokens * 64, row_warp);
+        copy_arrive(ready + 8 * c);
+        run = run_end;
+    }
 
     // Address that this lane gives ldmatrix: token lane % 8 (the last one again where there are fewer), piece lane / 8.
     const int run_bytes = shape.tokens * 64;
@@ -177,8 +194,14 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
         fetch(ring_lane + slot);
         slot = slot == RING_BYTES - TILES * SLOT_BYTES ? 0 : slot + TILES * SLOT_BYTES;
     };
-    int item = begin;
+    int item = begin, next_chunk = begin;
+    auto wait_for_x = [&]() {
+        if (item < next_chunk) return;
+        barrier_wait(ready, 0);
+        ready += 8, next_chunk += chunk;
+    };
     for (; item < q_end; ++item) {
+        wait_for_x();
         copy_wait<DEPTH - 1>();
         __syncwarp();
         Held held[TILES];
@@ -206,6 +229,7 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
         advance();
     }
     for (; item < end; ++item) {
+        wait_for_x();
         copy_wait<DEPTH - 1>();
         __syncwarp();
         uint32_t b[TOKEN_TILES][4];
@@ -238,10 +262,11 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
         advance();
     }
 
-    // Sums of all warps to shared memory, [tile][token][16 rows] in each warp's own ring; then over the warps, and over the splits.
+    // Sums of all warps to shared memory, [tile][token][16 rows] in each warp's own ring; added over the warps, then over the CTAs of the cluster.
     copy_wait<0>();
     constexpr int TILE_FLOATS = 16 * 8 * TOKEN_TILES;
     float* sums = reinterpret_cast<float*>(ring);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -250,28 +275,30 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 768 : 512, 1)
             for (int e = 0; e < 4; ++e)
                 sums[i * TILE_FLOATS + (8 * n + 2 * (lane & 3) + (e & 1)) * 16 + (lane >> 2) + 8 * (e >> 1)] = acc[i][n][e];
     __syncthreads();
-    const int rows = R * 16, outputs = shape.tokens * rows;
-    float* partial = meeting.partial + int64_t(blockIdx.x) * shape.splits * outputs;
-    auto store = [&](int token, int row, float total) {
-        const int out = first_tile * 16 + row;
-        if (out >= w.out_features) return;
-        if (w.bias) total += widen(static_cast<const uint16_t*>(w.bias)[out]);
-        y[token * y_stride + out] = narrow(total);
+    const int fours = R * 4, work = shape.tokens * fours, k_bytes = shape.row_warps * RING_BYTES;
+    auto sums_at = [&](int token, int row) {  // of four rows of a token, in the ring of the first warp that has a part of them
+        return shape.x_bytes + (row >> 4) / TILES * RING_BYTES + ((row >> 4) % TILES * TILE_FLOATS + token * 16 + (row & 15)) * 4;
     };
-    for (int o = threadIdx.x; o < outputs; o += blockDim.x) {
-        const int token = o / rows, row = o - token * rows, tile = row >> 4;
-        const float* from = reinterpret_cast<const float*>(shared + shape.x_bytes + tile / TILES * RING_BYTES) + tile % TILES * TILE_FLOATS + token * 16 + (row & 15);
-        float total = 0.f;
-        for (int k = 0; k < shape.k_warps; ++k) total += from[k * shape.row_warps * (RING_BYTES / 4)];
-        if (shape.splits == 1) store(token, row, total);
-        else partial[split * outputs + o] = total;
+    for (int o = threadIdx.x; o < work; o += blockDim.x) {
+        const int token = o / fours, row = 4 * (o - token * fours);
+        float4* at = reinterpret_cast<float4*>(shared + sums_at(token, row));
+        float total[4] = {};
+        for (int k = 0; k < shape.k_warps; ++k) {
+            const float4 v = at[k * k_bytes / 16];
+            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
+        }
+        if (shape.splits == 1) store_four(w, y, y_stride, token, first_tile * 16 + row, total);
+        else *at = make_float4(total[0], total[1], total[2], total[3]);
     }
-    if (shape.splits == 1 || !last_to_arrive(meeting.counters + blockIdx.x, shape.splits)) return;
-    for (int o = threadIdx.x; o < outputs; o += blockDim.x) {
-        float total = 0.f;
-        for (int s = 0; s < shape.splits; ++s) total += __ldcg(partial + s * outputs + o);
-        store(o / rows, o % rows, total);
+    if (shape.splits == 1) return;
+    cluster_sync();
+    for (int o = threadIdx.x + blockDim.x * split; o < work; o += blockDim.x * shape.splits) {
+        const int token = o / fours, row = 4 * (o - token * fours);
+        float total[4] = {};
+        for (int s = 0; s < shape.splits; ++s) add_remote(total, x_shared + sums_at(token, row), s);
+        store_four(w, y, y_stride, token, first_tile * 16 + row, total);
     }
+    cluster_sync();  // nobody leaves while its sums are being read
 }
 
 }  // namespace rosaq

@@ -275,22 +275,25 @@ __device__ inline uint32_t remote_address(uint32_t address, int rank) {
     return d;
 }
 
-// Where the CTAs that share a tile of the output meet: partial sums (float32), and one counter per tile, zero between launches.
-struct Meeting {
-    float* partial;
-    int* counters;
-};
-// True in the last of `splits` CTAs to get here; what the others stored before is then visible to it.
-__device__ inline bool last_to_arrive(int* counter, int splits) {
-    __shared__ int arrived;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(counter, 1);
-    __syncthreads();
-    if (arrived != splits - 1) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *counter = 0;
-    return true;
+// Four neighbouring outputs of one token, from `out` on, with the bias, to y; outputs that do not exist are left out.
+__device__ inline void store_four(const Weights& w, uint16_t* y, int64_t y_stride, int token, int out, const float (&total)[4]) {
+    if (out >= w.out_features) return;
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = total[e] + (w.bias && out + e < w.out_features ? widen(static_cast<const uint16_t*>(w.bias)[out + e]) : 0.f);
+    uint16_t* to = y + token * y_stride + out;
+    if (out + 4 <= w.out_features && (reinterpret_cast<uintptr_t>(to) & 7) == 0) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(narrow(v[0]) | uint32_t(narrow(v[1])) << 16, narrow(v[2]) | uint32_t(narrow(v[3])) << 16);
+    } else {
+        for (int e = 0; e < 4 && out + e < w.out_features; ++e) to[e] = narrow(v[e]);
+    }
+}
+// total += four floats at `address` of CTA `rank` of the cluster.
+__device__ inline void add_remote(float (&total)[4], uint32_t address, int rank) {
+    float v[4];
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(remote_address(address, rank)) : "memory");
+#pragma unroll
+    for (int e = 0; e < 4; ++e) total[e] += v[e];
 }
 
 }  // namespace rosaq

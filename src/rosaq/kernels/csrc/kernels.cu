@@ -67,17 +67,16 @@ int x_map(CUtensorMap* map, const Weights* w, const void* x, int offset, int64_t
 
 extern "C" {
 
-int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, DecodeShape shape, int tiles_per_warp, Meeting meeting,
-                 int overlap, cudaStream_t stream) {
+int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, DecodeShape shape, int tiles_per_warp, int overlap, cudaStream_t stream) {
     const int warps = shape.row_warps * shape.k_warps, token_tiles = shape.tokens <= 8 ? 1 : 2;
     const int shared_bytes = shape.x_bytes + warps * tiles_per_warp * depth_of(tiles_per_warp) * SLOT_BYTES;
     const dim3 grid(blocks_of(w->tiles, shape.row_warps * tiles_per_warp), shape.splits);
     auto kernel = token_tiles == 1 ? (tiles_per_warp == 1 ? decode<1, 1> : decode<1, 2>) : (tiles_per_warp == 1 ? decode<2, 1> : decode<2, 2>);
-    return launch(kernel, grid, warps * 32, shared_bytes, 1, overlap, stream, *w, static_cast<const uint16_t*>(x), x_stride,
-                  static_cast<uint16_t*>(y), y_stride, shape, meeting);
+    return launch(kernel, grid, warps * 32, shared_bytes, shape.splits, overlap, stream, *w, static_cast<const uint16_t*>(x), x_stride,
+                  static_cast<uint16_t*>(y), y_stride, shape);
 }
 
-int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, BatchShape shape, int token_tile, Meeting, int overlap,
+int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, BatchShape shape, int token_tile, int overlap,
                 cudaStream_t stream) {
     const unsigned R = shape.row_tiles;
     BatchMaps maps;
