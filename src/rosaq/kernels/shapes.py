@@ -106,7 +106,7 @@ def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
 
 
 def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
-    """Estimated microseconds. The constants were fitted to 1658 launches measured on an H200 (docs/log.md)."""
+    """Estimated microseconds. The constants were fitted to 1997 launches measured on an H200 (docs/log.md)."""
     sizes = shape.sizes
     assert isinstance(sizes, DecodeShape)
     two_token_tiles, per_warp = sizes.tokens > 8, shape.variant
@@ -114,16 +114,16 @@ def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
     ctas = -(-form.tiles // tiles) * sizes.splits
     slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
     shared = sizes.x_bytes + warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes + 1024
-    registers = {(False, 1): 64, (False, 2): 80, (True, 1): 88, (True, 2): 128}[two_token_tiles, per_warp]
+    registers = {(False, 1): 64, (False, 2): 88, (True, 1): 80, (True, 2): 128}[two_token_tiles, per_warp]
     resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
     each, most = ctas / multiprocessors, -(-ctas // multiprocessors)
-    load = tiles * form.tile_bytes / sizes.splits * (0.43 * most + 0.57 * max(each, 1))  # bytes, busiest multiprocessor
-    slower = 3.1 if two_token_tiles else 1.0
-    latency = load / per_warp / (min(max(each, 1), resident) * warps) * 180e-6 * slower
-    compute = latency + load * 2.2e-6 * slower**0.5
-    memory = form.tiles * form.tile_bytes / 3.9e6
-    time = 1 + max(compute, memory) + 0.68 * min(compute, memory) + ctas * sizes.x_bytes / 37e6 + 0.039 * sizes.k_warps
-    return time + (2.5 + 0.22 * sizes.splits if sizes.splits > 1 else 0) + 1.6 * (-(-most // resident) - 1) - (0.04 if resident > most else 0)
+    load = tiles * form.tile_bytes / sizes.splits * (0.075 * most + 0.925 * max(each, 1))  # bytes of a multiprocessor
+    slower = 1.1 if two_token_tiles else 1.0
+    latency = load / per_warp / (min(max(each, 1), resident) * warps) * 135e-6 * slower
+    compute = latency + load * 2.4e-6 * slower**0.5
+    memory = form.tiles * form.tile_bytes / 2.93e6
+    time = 1 + max(compute, memory) + 0.79 * min(compute, memory) + ctas * sizes.x_bytes / 14.4e6 + 0.036 * sizes.k_warps
+    return time + (2.4 + 0.64 * sizes.splits if sizes.splits > 1 else 0) + 5.1 * (-(-most // resident) - 1)
 
 
 def batch_shapes(form: Form, tokens: int) -> list[Shape]:
