@@ -42,6 +42,18 @@ def test_dequantized_weight_equals_the_reference(layout: LinearLayout, dtype: to
     assert torch.equal(dequantized.dequantize(layout, tensors, dtype), reference.dequantize(layout, tensors, dtype))
 
 
+def test_the_cuda_kernels_refuse_a_layer_that_their_batch_kernel_cannot_cut(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(build, "why_not", lambda *form: None)
+    for channels in (48, 128, 192, 256):
+        layout = LinearLayout(64, channels, 8, 64)
+        form, _, _ = stream.plan(layout)
+        refused = cuda.why_not(layout, torch.device("cuda", 0), torch.float16)
+        assert (refused is None) == bool(shapes.batch_shapes(form, 17)), channels
+        assert refused is None or f"{channels} input channels are one item" in refused
+    assert refused is None
+
+
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])

@@ -71,6 +71,8 @@ def why_not(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> s
     if capability != (9, 0):
         return f"it is built for compute capability 9.0 (Hopper); {device} has {capability[0]}.{capability[1]}"
     form, _, _ = stream.plan(_unordered(layout))
+    if form.q_items + form.s_items < 2:
+        return f"{layout.in_features} input channels are one item of its stream; the batch kernel takes two or more"
     return build.why_not(form.bits, form.group_runs, _TYPES[dtype])
 
 
