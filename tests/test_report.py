@@ -83,8 +83,8 @@ def measured(tmp_path_factory):
 def kernel_rows():
     times = {1: (10.0, 30.0, 9.0), 16: (12.0, 31.0, 15.0)}
     found = []
-    for layer, outputs in (("llama2 qkv", 12288), ("llama2 o", 4096)):
-        layout = LinearLayout(outputs, 4096, 4, 128, salient=128)
+    for layer, outputs, bits in (("llama2 qkv", 12288, 4), ("llama2 o", 4096, 4), ("llama2 qkv", 12288, 3)):
+        layout = LinearLayout(outputs, 4096, bits, 128, salient=128)
         for tokens, (ours, cublas, marlin) in times.items():
             found.append(kernels._row(layer, layout, tokens, torch.float16, {"rosaq": ours, "cublas": cublas, "marlin": marlin}, 4e12))
     return found
@@ -173,11 +173,12 @@ def test_plots_have_the_data(page, measured, evidence):
     heat = drawn["errors"].views["inspection", "output"]
     assert heat.values[heat.y.index("up")][1] == next(e["output"] for e in inspection["errors"] if (e["role"], e["block"]) == ("up", 1))
     assert sum(drawn["spectra"].views["inspection", "attention output"][0].y) == pytest.approx(1)
-    ours, cublas, marlin, limit = drawn["kernels"].views["kernels", "llama2 qkv"]
+    ours, cublas, marlin, limit = drawn["kernels"].views["kernels", "llama2 qkv, INT4"]
     row = kernel_rows()[0]
     assert (ours.name, cublas.name, marlin.name, limit.name) == ("rosaq", "cublas", "marlin", "limit") and set(limit.y) == {1.0}
     assert ours.y[0] == pytest.approx(row["limit_us"] / 10) and cublas.y[0] == pytest.approx(row["limit_us"] / 30)
-    assert drawn["peers"].views["kernels",].values == [[pytest.approx(0.9), pytest.approx(1.25)]] * 2
+    peers = drawn["peers"].views["kernels",]
+    assert peers.values == [[pytest.approx(0.9), pytest.approx(1.25)]] * 3 and peers.y == ["llama2 qkv, INT4", "llama2 o, INT4", "llama2 qkv, INT3"]
     bars = {series.name: series for series in drawn["decoding"].views["decode", "vllm"]}
     assert bars["rosaq"].y == [200.0, 500.0] and "2.00 times FP16, 0.80 times the best peer" in bars["rosaq"].notes[0]
     stages = json.loads((measured / "run.json").read_text())["seconds"]

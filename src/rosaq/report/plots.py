@@ -1,7 +1,7 @@
 """What there is to draw: every plot that there is data for, out of what was measured."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -176,18 +176,22 @@ def _quantizing(seconds: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("quantize: "): time for name, time in seconds.items() if name.startswith("quantize: ")}
 
 
-def _rows_of(one: Found, key: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a benchmark, by the value of one key."""
+def _rows_of(one: Found, key: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a benchmark, by what they have in common."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in one.data["rows"]:
-        found.setdefault(row[key], []).append(row)
+        found.setdefault(key(row), []).append(row)
     return found
+
+
+def _layer(row: dict[str, Any]) -> str:
+    return f"{row['layer']}, INT{row['bits']}"
 
 
 def kernel_limits(one: Found) -> Plot:
     """How much of the limit each kernel reaches, against the number of tokens; 1 is the limit."""
     views: dict[tuple[str, ...], View] = {}
-    for layer, rows in _rows_of(one, "layer").items():
+    for layer, rows in _rows_of(one, _layer).items():
         lines = []
         for kernel in dict.fromkeys(name for row in rows for name in row["microseconds"]):
             mine = [(str(row["tokens"]), row["microseconds"][kernel], row["limit_us"]) for row in rows if kernel in row["microseconds"]]
@@ -216,7 +220,7 @@ def kernel_limits(one: Found) -> Plot:
 
 def kernel_ratios(one: Found) -> Plot:
     """Time of the fastest peer over ours, layers against tokens."""
-    by_layer = _rows_of(one, "layer")
+    by_layer = _rows_of(one, _layer)
     tokens = sorted({row["tokens"] for row in one.data["rows"]})
     values = [
         [next((1 / row["to_best_peer"] for row in rows if row["tokens"] == count and row["to_best_peer"]), None) for count in tokens]
@@ -233,7 +237,7 @@ def decoding(one: Found) -> Plot:
     """Tokens per second of whole models, by batch and length."""
     views: dict[tuple[str, ...], View] = {}
     order = ("rosaq", "fp16", "machete", "marlin", "w4a16")
-    for engine, rows in _rows_of(one, "engine").items():
+    for engine, rows in _rows_of(one, lambda row: str(row["engine"])).items():
         bars = []
         for weights in sorted({row["weights"] for row in rows}, key=order.index):
             mine = [row for row in rows if row["weights"] == weights]
