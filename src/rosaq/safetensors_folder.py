@@ -172,18 +172,27 @@ def safe_member(folder: Path, name: Any) -> Path:
     return folder / name
 
 
+def read_value(file: Path) -> Any:
+    """The value of a JSON file, whatever it is.
+
+    Raises:
+        ValueError: missing, or not JSON; names the file.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         ValueError: missing, not JSON, or not an object; names the file.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    value = read_value(file)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a JSON {type(value).__name__}, not an object")
     return value

@@ -1,7 +1,6 @@
 """What a folder holds of what rosaq measured, told by the files themselves and not by their names."""
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rosaq.comparison.published import Published
 from rosaq.comparison.results import COMMON
 from rosaq.comparison.table import PERPLEXITY_COLUMN
 from rosaq.recipe import Recipe
-from rosaq.safetensors_folder import read_json
+from rosaq.safetensors_folder import read_json, read_value
 
 # Kind of a JSON file -> keys that it has, and keys that the first of its rows has.
 KINDS: dict[str, tuple[set[str], set[str]]] = {
@@ -99,12 +98,7 @@ def _folder(path: Path) -> list[Found]:
 
 
 def _file(path: Path) -> list[Found]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    value = read_value(path)
     if not isinstance(value, dict):
         return []
     for kind, (keys, row_keys) in KINDS.items():
