@@ -120,6 +120,29 @@ def test_moments_are_collected_once_for_a_seed(experiment, tmp_path, monkeypatch
     assert len(passes) == 2  # two recipes at two bits with two seeds
 
 
+def test_rotations_are_learned_once_for_a_seed_and_bits(experiment, tmp_path, monkeypatch):
+    from rosaq import job
+
+    learned, real = [], job.learn
+    monkeypatch.setattr(job, "learn", lambda *arguments: learned.append(1) or real(*arguments))
+    nearest, feedback = (sized(load_recipe(name), **SIZES).replace(learning_steps=2) for name in ("spinquant", "spinquant-gptq"))
+    compare(experiment(recipes=(nearest,), seeds=(0, 1)), tmp_path / "out", ("cpu",))
+    assert len(learned) == 4
+    again = compare(experiment(recipes=(nearest, feedback), seeds=(0, 1)), tmp_path / "out", ("cpu",))  # as another process would
+    assert len(learned) == 4
+    alone = compare(experiment(recipes=(feedback,), seeds=(0, 1)), tmp_path / "alone", ("cpu",))
+    assert len(learned) == 8
+    perplexities = [
+        {cell.name: values["figures"] for cell, values in measured if cell.name.startswith("spinquant-gptq")} for measured in (again, alone)
+    ]
+    assert perplexities[0] == perplexities[1] and len(perplexities[0]) == 4
+    wanted = experiment(recipes=(nearest, feedback))
+    results = [Results(tmp_path / "held", wanted, open_source(wanted.model)) for _ in range(2)]
+    four, three = (Cell(feedback.replace(bits=bits), 0, ("wikitext2",)) for bits in (4, 3))
+    with results[0].learning(Cell(nearest, 0, ("wikitext2",))) as mine, results[1].learning(four) as same, results[1].learning(three) as other:
+        assert (mine, same, other) == (True, False, True)
+
+
 def test_killed_and_gone_on_with(experiment, tmp_path, text_file, data):
     wanted = experiment()
     whole = table_of(compare(wanted, tmp_path / "whole", ("cpu",))).csv()

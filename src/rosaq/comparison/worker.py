@@ -22,6 +22,7 @@ from rosaq.comparison.measures import Measures
 from rosaq.comparison.results import Results
 from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
+from rosaq.learned import learning_key
 from rosaq.pipeline import quantize
 from rosaq.run import Means
 from rosaq.safetensors_folder import read_json
@@ -80,9 +81,9 @@ class Worker:
         return sorted(cells, key=rank)
 
     def _try(self, cell: Cell) -> bool:
-        """Measure a cell unless another process holds it; whether something was done."""
-        with self.results.claim(cell) as mine:
-            tasks = self.results.missing(cell) if mine else ()
+        """Measure a cell unless another process holds it, or learns the rotations that it needs; whether something was done."""
+        with self.results.claim(cell) as mine, self.results.learning(cell) as free:
+            tasks = self.results.missing(cell) if mine and free else ()
             if not tasks:
                 return False
             try:
@@ -126,9 +127,13 @@ class Worker:
             made = {key: manifest["report"][key] for key in ("recipe", "bits_per_weight", "checkpoint_bytes", "calibration")}
             yield model, {**made, "bits": cell.recipe.bits, "seed": cell.seed, "distillation": manifest.get("distillation")}
             return
-        statistics = self._statistics(cell, clock)
+        statistics, key = self._statistics(cell, clock), learning_key(cell.recipe)
+        if key not in statistics.learned and (learned := self.results.read_learned(cell)):
+            statistics.learned[key] = learned
         with self.results.checkpoint(cell) as place:
             report = quantize(self.source, place, cell.recipe, statistics, self.device, self.progress, FRESH)
+            if key in statistics.learned:
+                self.results.write_learned(cell, statistics.learned[key])
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
                 model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")
