@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import random_model, tokenizer
 from pages import ROOT
@@ -26,6 +27,7 @@ def model(tmp_path):
 def run(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.syspath_prepend(ROOT / "examples")  # as Python does for a script
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
@@ -44,6 +46,17 @@ def test_hub_7b(model, text_file, tmp_path, monkeypatch, capsys):
     assert figures["plan"]["checkpoint_bytes"] == figures["run"]["checkpoint_bytes"]
     assert len(figures["errors"]) == 4 and 0 < figures["text"]["kl_divergence"] < 1
     assert "KL divergence" in capsys.readouterr().out
+
+
+def test_planted_outliers_change_the_norms_and_not_the_function(model, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "planted_outliers.py", model, tmp_path / "out", "--spread", 1)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (model, tmp_path / "out"))
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = [each(ids).logits for each in (before, after)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[0].abs().max()
+    gain = [each.model.layers[1].input_layernorm.weight.detach().abs() for each in (before, after)]
+    assert (gain[1] / gain[0]).log().std() > 0.8
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "chat.py"])
