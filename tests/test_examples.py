@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import random_model, tokenizer
 from pages import ROOT
+from rosaq import Calibration, load_recipe, quantize
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
@@ -48,15 +49,23 @@ def test_hub_7b(model, text_file, tmp_path, monkeypatch, capsys):
     assert "KL divergence" in capsys.readouterr().out
 
 
-def test_planted_outliers_change_the_norms_and_not_the_function(model, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "planted_outliers.py", model, tmp_path / "out", "--spread", 1)
-    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (model, tmp_path / "out"))
-    ids = torch.arange(40).view(2, 20)
-    with torch.no_grad():
-        logits = [each(ids).logits for each in (before, after)]
-    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[0].abs().max()
-    gain = [each.model.layers[1].input_layernorm.weight.detach().abs() for each in (before, after)]
-    assert (gain[1] / gain[0]).log().std() > 0.8
+def test_planted_outliers_cost_mixed_and_not_rosaq(model, text_file, tmp_path, monkeypatch):
+    run(monkeypatch, "planted_outliers.py", model, tmp_path / "planted", "--spread", 1.5)
+    ids, errors, sizes = torch.arange(40).view(2, 20), {}, dict(bits=3, group_size=64, salient=16, salient_per_head=4, down_scaling="none")
+
+    def logits(folder):
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+    wanted = logits(model)
+    assert (logits(tmp_path / "planted") - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    for folder in (model, tmp_path / "planted"):
+        for name in ("mixed", "rosaq-paper"):
+            place = tmp_path / f"{name}-{folder.name}"
+            quantize(str(folder), place, load_recipe(name).replace(**sizes), Calibration(str(text_file), 4, 32), "cpu")
+            errors[name, folder.name] = float((logits(place) - wanted).norm() / wanted.norm())
+    assert errors["mixed", "planted"] > 1.3 * errors["mixed", "model"], errors
+    assert errors["rosaq-paper", "planted"] == pytest.approx(errors["rosaq-paper", "model"], rel=0.05), errors
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "chat.py"])
