@@ -1,8 +1,8 @@
 """The folder of a comparison: one JSON file a cell, written at once or not at all, and claims between processes.
 
-`comparison.json` says what all cells agree in; `learned` holds rotations, which take long to learn. A claim is a lock on
-a file that the operating system gives back when its process ends, however it ends, so that a dead process never blocks
-a cell.
+`comparison.json` says what all cells agree in; `shared` holds what many cells need: statistics until all cells are there, and
+learned rotations. A claim is a lock on a file that the operating system gives back when its process ends, however it
+ends, so that a dead process never blocks a cell.
 """
 
 import fcntl
@@ -22,10 +22,11 @@ from rosaq.learned import Learned, learning_key
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import read_json
 from rosaq.source import Source
+from rosaq.statistics import Statistics
 from rosaq.workfolder import write_whole
 
 COMMON = "comparison.json"
-PARTS = ("cells", "claims", "checkpoints", "learned")
+PARTS = ("cells", "claims", "checkpoints", "shared")
 
 
 class Results:
@@ -111,6 +112,23 @@ class Results:
             yield free
 
     @contextmanager
+    def statistics(self, seed: int) -> Iterator[Statistics | None]:
+        """Hold a seed's statistics while the block runs: another process waits; gives them, or None where nobody has written them yet."""
+        file = self._shared(f"statistics.seed{seed}")
+        with self._lock(file.stem) as free:
+            assert free
+            yield Statistics.from_tensors(load_file(file)) if file.is_file() else None
+
+    def write_statistics(self, seed: int, found: Statistics) -> None:
+        """Keep a seed's statistics for the other processes."""
+        write_whole(self._shared(f"statistics.seed{seed}"), save(found.tensors()))
+
+    def forget_statistics(self) -> None:
+        """Remove all statistics, which are large."""
+        for file in (self.folder / "shared").glob("statistics.*"):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
     def learning(self, cell: Cell) -> Iterator[bool]:
         """Hold what a cell has to learn while the block runs; gives False where another process learns it, True where nothing is to be learned."""
         file = self._learned(cell)
@@ -154,7 +172,10 @@ class Results:
         if cell.recipe is None or cell.checkpoint is not None or cell.recipe.rotation != "learned":
             return None
         key = hashlib.sha256(repr(learning_key(cell.recipe)).encode()).hexdigest()[:16]
-        return self.folder / "learned" / f"learned.seed{cell.seed}.{key}.safetensors"
+        return self._shared(f"rotations.seed{cell.seed}.{key}")
+
+    def _shared(self, name: str) -> Path:
+        return self.folder / "shared" / f"{name}.safetensors"
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
