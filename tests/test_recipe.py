@@ -1,6 +1,7 @@
 """Recipes: shipped ones load, unknown keys and impossible values do not, plans count every stored bit."""
 
 import dataclasses
+from importlib.resources import files
 
 import pytest
 from hypothesis import given
@@ -82,6 +83,13 @@ def test_bits_per_weight_by_hand():
     wanted = (residual * sizes[0] + attention * sizes[1] + down * sizes[2]) / sum(sizes)
     assert make_plan(load_recipe("rosaq-paper"), LLAMA2_7B).bits_per_weight == pytest.approx(wanted, rel=1e-12)
     assert round(wanted, 2) == 4.66
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_file_states_its_bits(name):
+    four, three = (make_plan(load_recipe(name).replace(bits=bits), LLAMA2_7B).bits_per_weight for bits in (4, 3))
+    line = f"# Bits per weight (Llama-2-7B, all that is stored): {four:.2f} at INT4, {three:.2f} at INT3.\n"
+    assert line in (files("rosaq") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def test_a_rotation_per_layer_pays_for_itself():

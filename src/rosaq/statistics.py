@@ -1,5 +1,6 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,25 @@ class Statistics:
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     hold: bool = False
     _held: tuple[int, list[dict[str, torch.Tensor]]] | None = field(default=None, repr=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The record, the inputs and the windows as tensors by name, to be kept in a file."""
+        found = {"windows": self.windows.contiguous(), "record": torch.tensor(list(json.dumps(self.record).encode()), dtype=torch.uint8)}
+        for index, block in enumerate(self.inputs):
+            for site, kept in block.items():
+                found |= {f"{index}.{site}.{part}": tensor.contiguous() for part, tensor in vars(kept).items() if tensor is not None}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Statistics":
+        """What `tensors` gave."""
+        inputs: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
+        for name, tensor in tensors.items():
+            if name not in ("windows", "record"):
+                index, site, part = name.split(".")
+                inputs.setdefault(int(index), {}).setdefault(site, {})[part] = tensor
+        blocks = [{site: SiteInputs(**inputs[index][site]) for site in SITES} for index in sorted(inputs)]
+        return cls(json.loads(bytes(tensors["record"].tolist())), blocks, tensors["windows"])
 
     def residual_moment(self) -> torch.Tensor:
         """The moment (D, D) that one basis for the whole residual stream is taken from (`basis.ResidualSum`)."""
