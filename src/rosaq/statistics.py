@@ -32,6 +32,7 @@ class Statistics:
         windows: token ids (S, T).
         residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
+        weights: what an error counts at each token (`sensitivity.token_weights`), where a recipe has asked for it; filled by `quantize`.
         hold: keep the whole second moments that a recipe asked for last; see `moments_fit`.
     """
 
@@ -40,8 +41,9 @@ class Statistics:
     windows: torch.Tensor
     residual: torch.Tensor | None = None
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    weights: list[dict[str, torch.Tensor]] | None = None
     hold: bool = False
-    _held: tuple[int, list[dict[str, torch.Tensor]]] | None = field(default=None, repr=False)
+    _held: tuple[tuple[int, bool], list[dict[str, torch.Tensor]]] | None = field(default=None, repr=False)
 
     def residual_moment(self) -> torch.Tensor:
         """The moment (D, D) that one basis for the whole residual stream is taken from (`basis.ResidualSum`)."""
@@ -53,7 +55,8 @@ class Statistics:
         A pass over the text, unless they are held.
         """
         flow = flow or Flow()
-        if self._held is not None and self._held[0] == flow.sink_weight:
+        kind = flow.sink_weight, flow.weights is not None
+        if self._held is not None and self._held[0] == kind:
             yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[1][flow.start :])
             return
         if flow.start == source.architecture.layers:
@@ -64,7 +67,7 @@ class Statistics:
                 held.append({site: moment.cpu() for site, moment in moments.items()})
             yield moments
             del moments  # so that they are not held while the next block runs
-        self._held = (flow.sink_weight, held) if hold else None
+        self._held = (kind, held) if hold else None
 
 
 def moments_fit(source: Source) -> bool:
