@@ -53,18 +53,19 @@ def test_the_choice_is_nearly_the_best():
         choose(sites, 15)
 
 
+@pytest.mark.parametrize("clipping", ["none", "mse"])
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_expected_loss_is_that_of_rounding(feedback, bits):
+def test_the_expected_loss_is_that_of_rounding(feedback, bits, clipping):
     """Within 30 %, with correlated inputs, heads and salient channels; feedback is counted."""
     torch.manual_seed(1)
     layout = LinearLayout(64, 96, bits, 32, blocks=3, salient=8, salient_bits=8)
     x = torch.randn(4000, 96) @ (torch.randn(96, 96) * torch.linspace(2, 0.1, 96))
     moment, weight = x.T @ x / len(x), torch.randn(64, 96)
-    stored = quantize_linear(weight, layout, moment_KK=moment, rounding=Rounding(gptq=feedback))
+    stored = quantize_linear(weight, layout, moment_KK=moment, rounding=Rounding(gptq=feedback, clipping=clipping))
     error = dequantize(layout, stored) - weight
     measured = float(((error @ moment) * error).sum())
-    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment)
+    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment, clipping == "mse")
     assert expected == pytest.approx(measured, rel=0.3)
 
 
@@ -120,7 +121,7 @@ def test_tokens_count_by_their_weights(saved):
 def test_gradient_weights_make_other_codes_and_go_on_where_they_were(saved, text_file, tmp_path, monkeypatch):
     source, text = str(saved("llama")), Calibration(str(text_file), 8, 32)
     recipe = SMALL.replace(token_weights="gradient", bits=3)
-    quantize(source, tmp_path / "equal", SMALL.replace(bits=3), text, "cpu")
+    quantize(source, tmp_path / "equal", recipe.replace(token_weights="equal"), text, "cpu")
     quantize(source, tmp_path / "whole", recipe, text, "cpu")
     read = lambda name: (tmp_path / name / "model.safetensors").read_bytes()  # noqa: E731
     assert read("equal") != read("whole")

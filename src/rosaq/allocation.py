@@ -93,7 +93,8 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
-            loss = sum(expected_loss(weight_NK, linears[role], weights_K, moment_KK) for role, weight_NK in weights.items()) / 2
+            searched = recipe.clipping == "mse"
+            loss = sum(expected_loss(weight_NK, linears[role], weights_K, moment_KK, searched) for role, weight_NK in weights.items()) / 2
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found

@@ -265,7 +265,8 @@ def _allocation(a: Architecture, recipe: Recipe, seq_len: int, product: float, r
     forward = 2 * weights + 4 * seq_len * a.width("attn_out")
     passes = 1 if recipe.token_weights == "gradient" else 1 + BACKWARD
     forms = max(len(options) for options in site_options(recipe).values())
-    return TOKENS * (passes * forward + 2 * sum(a.width(site) ** 2 for site in SITES)) / product + forms * weights / rates.fitted
+    fits = forms * (len(SHRUNK) if recipe.clipping == "mse" else 1)
+    return TOKENS * (passes * forward + 2 * sum(a.width(site) ** 2 for site in SITES)) / product + fits * weights / rates.fitted
 
 
 def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:
