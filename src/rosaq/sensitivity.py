@@ -30,8 +30,8 @@ SEGMENT = 8  # blocks whose inputs are held at a time; of all others the inputs 
 class _Squares:
     """Squared length of the gradient by the outputs of a site's layers, of each token, batch after batch."""
 
-    def __init__(self, block: torch.nn.Module, site: str) -> None:
-        self.parts: list[torch.Tensor] = []
+    def __init__(self, block: torch.nn.Module, site: str, tokens: int) -> None:
+        self.parts = [torch.zeros(0, tokens, device=next(block.parameters()).device)]  # a rank may have no window
         self.handles = [block.get_submodule(LINEARS[role]).register_forward_hook(self._seen) for role in SITES[site]]
 
     def begin(self, x_STD: torch.Tensor) -> None:
@@ -58,6 +58,7 @@ class _Passes:
 
     def __init__(self, source: Source, windows: torch.Tensor, device: str, dtype: torch.dtype) -> None:
         self.runner, self.dtype = BlockRunner(source.config, windows.shape[1], dtype, device), dtype
+        self.tokens = windows.shape[1]
         self.rows = list(batches(windows, BATCH_TOKENS[torch.device(device).type]))
         starts = range(0, source.architecture.layers, SEGMENT)
         self.segments = [range(start, min(start + SEGMENT, source.architecture.layers)) for start in starts]
@@ -78,7 +79,7 @@ class _Passes:
     def backward(self, index: int, inputs: Activations, gradients: Activations) -> dict[str, torch.Tensor]:
         """Put the gradient by the next block's inputs in place of that by its outputs; the squares at its sites."""
         block = self.runner.load(index, folded(next(self.blocks), self.dtype)).requires_grad_(False)
-        squares = {site: _Squares(block, site) for site in SITES}
+        squares = {site: _Squares(block, site, self.tokens) for site in SITES}
         for rows in self.rows:
             x_STD = inputs.read(rows).requires_grad_()
             for kept in squares.values():
