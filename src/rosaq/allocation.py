@@ -88,13 +88,13 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
         order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
         moment_KK = moment_KK[order][:, order]
         weights_K = channel_weights(moment_KK, layout, recipe.rounding == "gptq")
-        weights = {role: prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]}
+        weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         options = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
-            searched = recipe.clipping == "mse"
-            loss = sum(expected_loss(weight_NK, linears[role], weights_K, moment_KK, searched) for role, weight_NK in weights.items()) / 2
+            stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
+            loss = expected_loss(weight_NK, stacked, weights_K, moment_KK, recipe.clipping == "mse") / 2
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found

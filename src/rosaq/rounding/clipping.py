@@ -14,6 +14,7 @@ from rosaq.rounding.grid import FP16_TINY, fit_grid, to_codes
 SHARES = [1 - step / 20 for step in range(10)]  # of a group's largest |w|: 1, 0.95, ... 0.55
 UNCLIPPED = ("q", "k")  # AWQ leaves them: their errors meet in a product, not in a sum
 OUTPUTS = 2048  # rows that are searched at a time
+TRIED = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights, times shares, that are rounded at a time
 SHRUNK = [1 - step / 25 for step in range(11)]  # of a group's whole range, where only squared errors are looked at: 1, 0.96, ... 0.6
 
 
@@ -62,10 +63,12 @@ def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int
         ValueError: a range that no FP16 scale spans.
     """
     whole, zero = fit_grid(weight_NGC, bits)
-    best, best_loss = whole, torch.full_like(whole, torch.inf)
-    for share in SHRUNK:
-        scale = (share * whole).half().to(whole).clamp_min(FP16_TINY)
-        codes = to_codes(weight_NGC, scale, zero, bits)
-        loss = (((codes - zero[..., None]) * scale[..., None] - weight_NGC).square() * counts_GC.to(whole)).sum(-1)
-        best, best_loss = torch.where(loss < best_loss, scale, best), torch.minimum(loss, best_loss)
-    return best, zero
+    shares = torch.tensor(SHRUNK, device=whole.device, dtype=whole.dtype)[:, None, None]
+    rows = max(1, TRIED[whole.device.type] // (len(SHRUNK) * weight_NGC[0].numel()))
+    best = []
+    for weight, scale, code in zip(weight_NGC.split(rows), whole.split(rows), zero.split(rows), strict=True):
+        scales = (shares * scale).half().to(whole).clamp_min(FP16_TINY)  # all shares at once: on a GPU the launches are what takes time
+        error = (to_codes(weight, scales, code, bits) - code[..., None]).mul_(scales[..., None]).sub_(weight)
+        chosen = torch.einsum("pngc,gc->png", error.square_(), counts_GC.to(whole)).argmin(0, keepdim=True)
+        best.append(scales.gather(0, chosen)[0])
+    return torch.cat(best), zero

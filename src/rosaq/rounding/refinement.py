@@ -85,7 +85,7 @@ def _sweep(
         part = slice(start, start + BLOCK)
         own_CC = moment_QQ[part, part].double()
         moves_CC = own_CC.tril() / own_CC.diagonal()[:, None]
-        back_CC = torch.linalg.inv(moves_CC).to(wanted_NQ)
+        back_CC = torch.linalg.solve_triangular(moves_CC, torch.eye(len(moves_CC)).to(moves_CC), upper=False, unitriangular=True).to(wanted_NQ)
         place_CN = moves_CC.to(wanted_NQ) @ value_QN[part] - gradient_QN[part] / own_CC.diagonal()[:, None].to(wanted_NQ)
         codes_QN[part] = round_columns((back_CC @ place_CN).contiguous(), back_CC.T.contiguous(), 0, scale_QN[part], zero_QN[part], top)
         moved_CN = (codes_QN[part] - zero_QN[part]) * scale_QN[part] - value_QN[part]
