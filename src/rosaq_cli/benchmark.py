@@ -59,6 +59,7 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Channels that share a scale.", show_default="recipe's")] = None,
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Bits per weight to allocate.", show_default="recipe's")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, of random tokens.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
     warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
@@ -79,7 +80,7 @@ def quantize(
     from rosaq.recipe import load_recipe
     from rosaq.run import Means
 
-    chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head)
+    chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head, target_bits=target_bits)
     case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
     with joined(device) as own_device:
         first = current_ranks().first
