@@ -33,7 +33,8 @@ class Statistics:
         windows: token ids (S, T).
         residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
-        hold: keep the whole second moments that a recipe asked for last; see `moments_fit`.
+        weights: what an error counts at each token (`sensitivity.token_weights`), where a recipe has asked for it; filled by `quantize`.
+        hold: keep the whole second moments that recipes have asked for; see `moments_fit`.
     """
 
     record: dict[str, Any]
@@ -41,8 +42,9 @@ class Statistics:
     windows: torch.Tensor
     residual: torch.Tensor | None = None
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    weights: list[dict[str, torch.Tensor]] | None = None
     hold: bool = False
-    _held: tuple[int, list[dict[str, torch.Tensor]]] | None = field(default=None, repr=False)
+    _held: dict[tuple[int, bool], list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The record, the inputs and the windows as tensors by name, to be kept in a file."""
@@ -73,8 +75,9 @@ class Statistics:
         A pass over the text, unless they are held.
         """
         flow = flow or Flow()
-        if self._held is not None and self._held[0] == flow.sink_weight:
-            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[1][flow.start :])
+        kind = flow.sink_weight, flow.weights is not None
+        if kind in self._held:
+            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[kind][flow.start :])
             return
         if flow.start == source.architecture.layers:
             return
@@ -84,11 +87,12 @@ class Statistics:
                 held.append({site: moment.cpu() for site, moment in moments.items()})
             yield moments
             del moments  # so that they are not held while the next block runs
-        self._held = (flow.sink_weight, held) if hold else None
+        if hold:
+            self._held[kind] = held
 
 
 def moments_fit(source: Source) -> bool:
-    """Whether the whole second moments of all blocks take at most an eighth of the machine's memory."""
+    """Whether the whole second moments of all blocks, of one kind of weights, take at most an eighth of the machine's memory."""
     a = source.architecture
     wanted = 4 * a.layers * sum(a.width(site) ** 2 for site in SITES)
     return 8 * wanted <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
