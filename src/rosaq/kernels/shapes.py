@@ -15,6 +15,8 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
+DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
+
 
 class DecodeShape(ctypes.Structure):
     """`DecodeShape` of csrc/decode.cuh."""
@@ -79,7 +81,7 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
             continue
         begin = _shares(form, weights, splits * k_warps)
         x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * tokens * 64
-        if x_bytes + row_warps * k_warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes > SHARED_BYTES:
+        if x_bytes + row_warps * k_warps * per_warp * DEPTH[per_warp] * slot_bytes > SHARED_BYTES:
             continue
         reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
         sizes = DecodeShape(tokens, row_warps, k_warps, splits, x_bytes, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
@@ -113,7 +115,7 @@ def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
     tiles, warps = sizes.row_warps * per_warp, sizes.row_warps * sizes.k_warps
     ctas = -(-form.tiles // tiles) * sizes.splits
     slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
-    shared = sizes.x_bytes + warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes + 1024
+    shared = sizes.x_bytes + warps * per_warp * DEPTH[per_warp] * slot_bytes + 1024
     registers = {(False, 1): 64, (False, 2): 88, (True, 1): 80, (True, 2): 128}[two_token_tiles, per_warp]
     resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
     each, most = ctas / multiprocessors, -(-ctas // multiprocessors)

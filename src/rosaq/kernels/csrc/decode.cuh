@@ -50,10 +50,19 @@ struct DecodeShape {
     uint16_t begin[200];                  // first item of every k_warp of every split, and the end
 };
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
-__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
+#ifndef D1
+#define D1 4
+#endif
+#ifndef D2
+#define D2 2
+#endif
+#ifndef C2
+#define C2 4
+#endif
+__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? D1 : D2; }
 
 // Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
-__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 4; }
+__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : C2; }
 constexpr int MOST_WARPS = 24;  // of a CTA
 
 // Runs [first, first + count) of x, all tokens, to shared memory, by the warps that read them; channels that do not exist read as zero.
@@ -80,35 +89,105 @@ __device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const
 // Arrives when this thread's copies so far are done.
 __device__ inline void copy_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
 
-// What a lane holds of a quantized block of one row tile: its words as stored, and the scales.
-struct Held {
-    uint32_t words[WORDS];
-    uint2 groups[GROUPS];
-};
+// Codes are multiplied as they come out of the words: as float16 numbers too small to be normal (bit 0 is 2^-24; the tensor cores take them exactly),
+// or set into the mantissa of 128 for bfloat16. Rows g + 8 come out ODD times too large. sum (code - zero) x = sum code x - zero sum x, and
+// the sums of x over a group are one more product, in the same units. A row's unit is put right at the end.
+constexpr uint32_t CODE_MAGIC = BF16 ? MAGIC : 0u, X_FACTOR = BF16 ? ONES : 0x00010001u;
+constexpr float UNIT = BF16 ? 1.f : 0x1p-24f;
+__device__ inline float unit_of(int odd) { return odd ? UNIT * ODD : UNIT; }
 
-// acc += scale * (unit u of a block times x), for one row tile. `b` are the operands of x: [run of the unit][token tile]. Within a group the
-// products gather in `sum`, in two chains, since a product waits for the one before it.
+// A unit's codes as A operands, without scale or zero point.
+__device__ inline void place(const uint32_t* raw, uint32_t (&a)[4][4]) {
+    if constexpr (BITS != 8) extract(raw, CODE_MAGIC, a);
+    else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // word i: row i % 2 of step i / 2
+            uint32_t(&to)[4] = a[i / 2];
+            if constexpr (BF16) expand_bytes(raw[i], 0u, to[i % 2], to[2 + i % 2]);
+            else to[i % 2] = __byte_perm(raw[i], 0u, 0x4140), to[2 + i % 2] = __byte_perm(raw[i], 0u, 0x4342);
+        }
+    }
+}
+// Scales and zero points of a group for rows g, g + 8: minus what the codes of each row carry too much, in units of the row's codes.
+struct Rows {
+    float scale[2], minus[2];
+};
+__device__ inline Rows rows_of(uint2 stored) {
+    const __half2 scales = reinterpret_cast<const __half2&>(stored.x);
+    uint32_t minus = stored.y;
+    if constexpr (!BF16) minus = fma2(minus, 0x3c00u | uint32_t(ODD == 16 ? 0x4c00 : ODD == 8 ? 0x4800 : 0x3c00) << 16,
+                                      0x6400u | uint32_t(ODD == 16 ? 0x7400 : ODD == 8 ? 0x7000 : 0x6400) << 16);  // (-1024 - zero + 1024) ODD
+    else if constexpr (ODD != 1) minus = fma2(minus, 0x41003f80u, 0x44600000u);  // (-128 - zero) 8 + 896
+    return {{__low2float(scales), __high2float(scales)}, {widen(uint16_t(minus)), widen(uint16_t(minus >> 16))}};
+}
+
+// A run of x as B operands, two registers for each token tile and step: four registers of a step (16 tokens) or of the run (8) come together.
 template <int TOKEN_TILES>
-__device__ inline void multiply_unit(const Held& held, int u, const uint32_t (&b)[2][TOKEN_TILES][4], float (&sum)[TOKEN_TILES][2][4],
-                                     float (&acc)[TOKEN_TILES][4]) {
-    uint32_t a[4][4];
-    const Group first = make_group(held.groups[2 * u / GROUP_RUNS]);
-    const Group second = (2 * u + 1) % GROUP_RUNS ? first : make_group(held.groups[(2 * u + 1) / GROUP_RUNS]);
-    expand(held.words + u * RAW, first, second, a);
+__device__ inline void load_x(uint32_t (&b)[TOKEN_TILES][4], uint32_t (&x_at)[TOKEN_TILES], int run_bytes) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int run = 2 * u + h;
+    for (int i = 0; i < TOKEN_TILES; ++i) {
+        load_matrices(b[i], x_at[i]);
+        x_at[i] += run_bytes;
+    }
+}
+template <int TOKEN_TILES>
+__device__ inline const uint32_t* x_pair(const uint32_t (&b)[TOKEN_TILES][4], int token_tile, int step) {
+    return TOKEN_TILES == 2 ? b[step] + 2 * token_tile : b[0] + 2 * step;
+}
+
+// acc += scale * ((codes - zero) times x) for one quantized block of TILES row tiles, whose first tile lies at `data`.
+template <int TOKEN_TILES, int TILES>
+__device__ inline void multiply_block(const uint8_t* data, int lane, uint32_t (&x_at)[TOKEN_TILES], int run_bytes, float (&acc)[TILES][TOKEN_TILES][4]) {
+    uint32_t words[TILES][WORDS];
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
+    for (int i = 0; i < TILES; ++i) load_words<WORDS>(data + i * SLOT_BYTES, lane, words[i], FromShared{});
+    float sum[TILES][TOKEN_TILES][4], x_sum[4];
+    // As the A operand, the registers of x are: of 8 tokens, channels 0 to 7 and 16 to 23 of the run in rows 0 to 7, the others below; of 16, a step's
+    // halves below one another for tokens 0 to 7 (k < 8) and 8 to 15 (k >= 8), told apart by what even and odd columns multiply.
+    const bool odd = lane & 4;
+    const uint32_t factor[2] = {TOKEN_TILES == 2 && odd ? 0u : X_FACTOR, TOKEN_TILES == 2 && !odd ? 0u : X_FACTOR};
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+        uint32_t a[TILES][4][4];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) place(words[i] + u * RAW, a[i]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int run = 2 * u + h;
+            uint32_t b[TOKEN_TILES][4];
+            load_x<TOKEN_TILES>(b, x_at, run_bytes);
             if (run % GROUP_RUNS == 0) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum[n][0][e] = sum[n][1][e] = 0.f;
-            }
-            mma(sum[n][0], a[2 * h], b[h][n][0], b[h][n][1]);
-            mma(sum[n][1], a[2 * h + 1], b[h][n][2], b[h][n][3]);
-            if (run % GROUP_RUNS == GROUP_RUNS - 1) {
+                for (int e = 0; e < 4; ++e) {
+                    x_sum[e] = 0.f;
 #pragma unroll
-                for (int e = 0; e < 4; ++e) acc[n][e] += (h ? second : first).scale(e >> 1) * (sum[n][0][e] + sum[n][1][e]);
+                    for (int i = 0; i < TILES * TOKEN_TILES; ++i) sum[i / TOKEN_TILES][i % TOKEN_TILES][e] = 0.f;
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) mma(x_sum, b[n], factor[0], factor[1]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                    for (int n = 0; n < TOKEN_TILES; ++n) mma(sum[i][n], a[i][2 * h + j], x_pair<TOKEN_TILES>(b, n, j)[0], x_pair<TOKEN_TILES>(b, n, j)[1]);
+            if (run % GROUP_RUNS < GROUP_RUNS - 1) continue;
+            // Lane 4 g + t has the sums of tokens g and g + 8, and needs those of tokens 2 t and 2 t + 1.
+            float of_x[TOKEN_TILES][2];
+            const int from = 8 * (lane & 3);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                of_x[0][e] = __shfl_sync(~0u, x_sum[0] + x_sum[2], from + 4 * e);
+                if constexpr (TOKEN_TILES == 2) of_x[1][e] = __shfl_sync(~0u, x_sum[1] + x_sum[3], from + 4 * e);
+            }
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const Rows rows = rows_of(*reinterpret_cast<const uint2*>(data + i * SLOT_BYTES + CODE_BYTES + run / GROUP_RUNS * GROUP_BYTES + 8 * (lane >> 2)));
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) acc[i][n][e] += rows.scale[e >> 1] * (sum[i][n][e] + rows.minus[e >> 1] * of_x[n][e & 1]);
             }
         }
     }
@@ -179,13 +258,14 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : T
         run = run_end;
     }
 
-    // Address that this lane gives ldmatrix: token lane % 8 (the last one again where there are fewer), piece lane / 8.
-    const int run_bytes = shape.tokens * 64;
+    // Addresses that this lane gives ldmatrix: of 8 tokens, piece lane / 8 of token lane % 8; of 16, the pieces of a step for tokens lane % 8, then for
+    // tokens 8 + lane % 8 (the last token again where there are fewer).
+    const int run_bytes = shape.tokens * 64, token = min((lane & 7) + (TOKEN_TILES == 2 ? lane >> 4 << 3 : 0), shape.tokens - 1);
     uint32_t x_at[TOKEN_TILES];
 #pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n) {
-        const int token = min(8 * n + (lane & 7), shape.tokens - 1);
-        x_at[n] = x_shared + token * 64 + (((lane >> 3) ^ ((token >> 1) & 3)) << 4) + (item_run(w, begin) - first_run) * run_bytes;
+    for (int i = 0; i < TOKEN_TILES; ++i) {
+        const int piece = TOKEN_TILES == 2 ? 2 * i + (lane >> 3 & 1) : lane >> 3;
+        x_at[i] = x_shared + token * 64 + ((piece ^ ((token >> 1) & 3)) << 4) + (item_run(w, begin) - first_run) * run_bytes;
     }
     float acc[TILES][TOKEN_TILES][4] = {};
     int slot = 0;  // bytes from the start of the ring
@@ -204,28 +284,7 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : T
         wait_for_x();
         copy_wait<DEPTH - 1>();
         __syncwarp();
-        Held held[TILES];
-        float sum[TILES][TOKEN_TILES][2][4];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const uint8_t* data = ring + slot + i * SLOT_BYTES;
-            load_words<WORDS>(data, lane, held[i].words, FromShared{});
-#pragma unroll
-            for (int k = 0; k < GROUPS; ++k) held[i].groups[k] = *reinterpret_cast<const uint2*>(data + CODE_BYTES + k * GROUP_BYTES + 8 * (lane >> 2));
-        }
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-            uint32_t b[2][TOKEN_TILES][4];
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int n = 0; n < TOKEN_TILES; ++n) {
-                    load_matrices(b[h][n], x_at[n]);
-                    x_at[n] += run_bytes;
-                }
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) multiply_unit<TOKEN_TILES>(held[i], u, b, sum[i], acc[i]);
-        }
+        multiply_block<TOKEN_TILES, TILES>(ring + slot, lane, x_at, run_bytes, acc);
         advance();
     }
     for (; item < end; ++item) {
@@ -233,11 +292,7 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : T
         copy_wait<DEPTH - 1>();
         __syncwarp();
         uint32_t b[TOKEN_TILES][4];
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-            load_matrices(b[n], x_at[n]);
-            x_at[n] += run_bytes;
-        }
+        load_x<TOKEN_TILES>(b, x_at, run_bytes);
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
             const uint8_t* data = ring + slot + i * SLOT_BYTES;
@@ -245,16 +300,16 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : T
             if (bytes) load_words<4>(data, lane, words, FromShared{});
             else load_words<8>(data, lane, words, FromShared{});
             expand_salient(words, bytes, a);
-            float scale[2] = {1.f, 1.f};
+            float scale[2] = {unit_of(0), unit_of(1)};
             if (bytes) {
                 const int row = min(my_tile + i, w.tiles - 1) * 16 + (lane >> 2);
-                scale[0] = __half2float(w.salient_scales[row]), scale[1] = __half2float(w.salient_scales[row + 8]);
+                scale[0] *= __half2float(w.salient_scales[row]), scale[1] *= __half2float(w.salient_scales[row + 8]);
             }
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
                 float sum[4] = {};
-                mma(sum, a[0], b[n][0], b[n][1]);
-                mma(sum, a[1], b[n][2], b[n][3]);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) mma(sum, a[j], x_pair<TOKEN_TILES>(b, n, j)[0], x_pair<TOKEN_TILES>(b, n, j)[1]);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) acc[i][n][e] += scale[e >> 1] * sum[e];
             }
@@ -273,7 +328,7 @@ __global__ void __launch_bounds__(TOKEN_TILES * TILES == 1 ? 32 * MOST_WARPS : T
         for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                sums[i * TILE_FLOATS + (8 * n + 2 * (lane & 3) + (e & 1)) * 16 + (lane >> 2) + 8 * (e >> 1)] = acc[i][n][e];
+                sums[i * TILE_FLOATS + (8 * n + 2 * (lane & 3) + (e & 1)) * 16 + (lane >> 2) + 8 * (e >> 1)] = acc[i][n][e] * (1.f / unit_of(e >> 1));
     __syncthreads();
     const int fours = R * 4, work = shape.tokens * fours, k_bytes = shape.row_warps * RING_BYTES;
     auto sums_at = [&](int token, int row) {  // of four rows of a token, in the ring of the first warp that has a part of them
