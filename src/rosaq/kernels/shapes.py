@@ -29,7 +29,7 @@ class BatchShape(ctypes.Structure):
     """`BatchShape` of csrc/batch.cuh."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes", "row_tiles")
+        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "k_groups", "splits", "slots", "slot_bytes", "row_tiles")
     ]
     _fields_ += [("begin", ctypes.c_uint16 * 10)]
 
@@ -42,12 +42,12 @@ class Shape:
     variant: int  # decoding: row tiles per warp; batch: tokens per CTA
 
     @property
-    def cut(self) -> tuple[int, int, int, int]:
+    def cut(self) -> tuple[int, ...]:
         """What tells it from the other ways to cut the same launch, as in `measured.CUTS`."""
         sizes = self.sizes
         if isinstance(sizes, DecodeShape):
             return sizes.splits, self.variant, sizes.row_warps, sizes.k_warps
-        return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.slots
+        return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.k_groups, sizes.slots
 
     def __repr__(self) -> str:
         """Fields by name."""
@@ -80,7 +80,7 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
         if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)
-        x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * tokens * 64
+        x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * (16 if tokens > 8 else tokens) * 64
         if x_bytes + row_warps * k_warps * per_warp * DEPTH[per_warp] * slot_bytes > SHARED_BYTES:
             continue
         reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
@@ -133,19 +133,20 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     tile = next((t for t in (32, 64) if tokens <= t), 128)
     weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
-    for groups, twice, splits, resident in product((1, 2, 3), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
+    for groups, k_groups, twice, splits, resident in product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
         row_tiles = 4 * groups * twice
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
         slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16))
-        sums = tile * (TILE * row_tiles + 4) * 4
-        if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
-            continue  # 128 tokens and twice 64 rows would not fit into registers
+        sums = k_groups * tile * (TILE * row_tiles + 4) * 4
+        if groups * k_groups > 4 or slots < max(2, k_groups) or sums > slots * slot_bytes or tile * twice > 128:
+            continue  # four groups of warps have registers, for 128 tokens or twice 64 rows each
+        if splits > (form.q_items + form.s_items) // 2:
+            continue
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        found[groups, twice, splits, slots] = Shape(
-            BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin)), tile
-        )
+        sizes = BatchShape(tokens, groups, k_groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
+        found[groups, k_groups, twice, splits, slots] = Shape(sizes, tile)
     return list(found.values())
 
 
