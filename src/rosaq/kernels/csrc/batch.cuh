@@ -18,15 +18,15 @@ struct BatchShape {
 
 // Tensors that the copy engine reads; made on the host for each launch. Weights in units of 8 bytes, x in channels.
 struct BatchMaps {
-    CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, items * parts, tiles)
+    CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, parts, tiles, items)
     CUtensorMap q_x, s_x;                // (32 channels, tokens, runs of a block, blocks)
 };
 constexpr int CODE_PARTS = CODE_BYTES > 2048 ? 2 : 1;  // a box is at most 256 units wide
 constexpr int SALIENT_RUNS = 2;                        // per stage
 
 __device__ inline void copy_weights(uint32_t to, const CUtensorMap* map, int item, int tile, uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-                 "l"(map), "r"(0), "r"(item), "r"(tile), "r"(bar)
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(tile), "r"(item), "r"(bar)
                  : "memory");
 }
 __device__ inline void copy_x(uint32_t to, const CUtensorMap* map, int token, int run, int block, uint32_t bar) {
@@ -67,11 +67,11 @@ __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, con
         const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
         if (item < w.q_items) {
             barrier_expect(bar, q_bytes);
-            copy_weights(to + RUNS * TOKENS * 64, &maps.codes, item * CODE_PARTS, first_tile, bar);
+            copy_weights(to + RUNS * TOKENS * 64, &maps.codes, item, first_tile, bar);
             copy_weights(to + RUNS * TOKENS * 64 + R * CODE_BYTES, &maps.scales, item, first_tile, bar);
         } else {
             barrier_expect(bar, s_bytes);
-            copy_weights(to + SALIENT_RUNS * TOKENS * 64, &maps.salient, (item - w.q_items) / SALIENT_RUNS, first_tile, bar);
+            copy_weights(to + SALIENT_RUNS * TOKENS * 64, &maps.salient, item - w.q_items, first_tile, bar);
         }
     };
     auto next = [&](int item) { return item < w.q_items ? item + 1 : item + SALIENT_RUNS; };
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     const bool bytes = w.salient_scales != nullptr;
     const uint32_t codes_at = RUNS * TOKENS * 64 + row_warp * CODE_BYTES;
     const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + row_warp * SCALE_BYTES;
-    const uint32_t salient_at = SALIENT_RUNS * (TOKENS * 64 + row_warp * w.s_item_bytes);
+    const uint32_t salient_at = SALIENT_RUNS * TOKENS * 64;
     constexpr int STEPS = TOKENS * TILES == 128 ? 2 : 4, PARTS = UNITS * 4 / STEPS;  // of a unit multiplied together; where registers are short, two
     uint32_t a[2][STEPS][4];
     int slot = k_group, previous = -1;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
             const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
 #pragma unroll
             for (int h = 0; h < SALIENT_RUNS; ++h) {
-                const uint8_t* from = stage + salient_at + t * SALIENT_RUNS * row_warps * w.s_item_bytes + h * w.s_item_bytes;
+                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + row_warp) * w.s_item_bytes;
                 uint32_t words[8], s[2][4];
                 if (bytes) load_words<4>(from, lane, words, FromShared{});
                 else load_words<8>(from, lane, words, FromShared{});

@@ -54,6 +54,9 @@ struct DecodeShape {
     uint16_t begin[200];                  // first item of every k_warp of every split, and the end
 };
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
+#ifndef PROBE
+#define PROBE 0
+#endif
 #ifndef D1
 #define D1 4
 #endif
@@ -218,48 +221,42 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
     if (threadIdx.x < shape.k_warps * CHUNKS) barrier_init(shared_address(x_ready + threadIdx.x), shape.row_warps * 32);
     __syncthreads();
 
-    // The next item to fetch, where it lies, and the slot for it. A tile that does not exist repeats the last one and is not stored.
-    auto stream_of = [&](int tile) { return w.stream + min(tile, w.tiles - 1) * w.tile_bytes; };
-    const uint8_t* codes[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) codes[i] = stream_of(my_tile + i) + 16 * lane + int64_t(begin) * CODE_BYTES;
+    // Where the next items to fetch lie. A warp's second tile may not exist: what is read in its place is never stored.
+    const uint8_t* codes = codes_of(w, begin, my_tile) + 16 * lane;
+    const uint8_t* scales = scales_of(w, begin, my_tile) + 16 * lane;
+    const uint8_t* salient = salient_of(w, max(0, begin - w.q_items), my_tile) + 16 * lane;
+    const int64_t next_codes = int64_t(w.tiles) * CODE_BYTES, next_scales = int64_t(w.tiles) * SCALE_BYTES, next_salient = int64_t(w.tiles) * w.s_item_bytes;
     constexpr int LANES = SCALE_BYTES / 16;  // that fetch a tile's scales
-    const int scale_tile = min(lane / LANES, TILES - 1), scale_part = 16 * (lane % LANES);
-    const uint8_t* scales = stream_of(my_tile + scale_tile) + w.scales_offset + begin * SCALE_BYTES + scale_part;
-    const uint32_t ring_at = shared_address(ring), codes_to = ring_at + 16 * lane, scales_to = ring_at + scale_tile * SLOT_BYTES + CODE_BYTES + scale_part;
-    int64_t salient = w.salient_offset + max(0, begin - w.q_items) * w.s_item_bytes + 16 * lane;  // in a tile's stream
-    auto fetch = [&](int slot, int item) {  // one group per call, also past the end, so that groups count items; `slot`: a constant where it matters
-        if (item < q_end) {
+    const uint32_t ring_at = shared_address(ring), codes_to = ring_at + 16 * lane;
+    const uint32_t scales_to = ring_at + lane / LANES * SLOT_BYTES + CODE_BYTES + 16 * (lane % LANES);
+    auto fetch = [&](int slot, int item) {  // one group per call, also past the end, so that groups count items
+        if (PROBE & 2) {
+        } else if (item < q_end) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
                 const uint32_t to = codes_to + slot * STAGE_BYTES + i * SLOT_BYTES;
-                const uint8_t* from = codes[i] + slot * CODE_BYTES;
+                const uint8_t* from = codes + i * CODE_BYTES;
 #pragma unroll
                 for (int k = 0; k < WORDS / 4; ++k) copy_16(to + 512 * k, from + 512 * k);
                 if (WORDS % 4 == 2) copy_8(to + 512 * (WORDS / 4) - 8 * lane, from + 512 * (WORDS / 4) - 8 * lane);
                 if (WORDS % 4 == 1) copy_4(to + 512 * (WORDS / 4) - 12 * lane, from + 512 * (WORDS / 4) - 12 * lane);
             }
-            copy_16_if(lane < TILES * LANES, scales_to + slot * STAGE_BYTES, scales + slot * SCALE_BYTES);
+            copy_16_if(lane < TILES * LANES, scales_to + slot * STAGE_BYTES, scales);
+            codes += next_codes, scales += next_scales;
         } else if (item < end) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
                 const uint32_t to = codes_to + slot * STAGE_BYTES + i * SLOT_BYTES;
-                const uint8_t* from = stream_of(my_tile + i) + salient;
+                const uint8_t* from = salient + i * w.s_item_bytes;
                 copy_16(to, from);
-                if (!bytes) copy_16(to + 512, from + 512);
+                copy_16_if(!bytes, to + 512, from + 512);
             }
-            salient += w.s_item_bytes;
+            salient += next_salient;
         }
         copy_commit();
     };
-    auto next_round = [&]() {  // the pointers are those of the item that goes into slot 0
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) codes[i] += DEPTH * CODE_BYTES;
-        scales += DEPTH * SCALE_BYTES;
-    };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(d, begin + d);
-    next_round();
     let_next_start();
     wait_for_previous();
     const int run_bytes = run_bytes_of<TOKEN_TILES>(shape.tokens), first_run = item_run(w, cta_begin);
@@ -267,7 +264,7 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
     uint32_t ready = shared_address(x_ready + k_warp * CHUNKS);
     for (int c = 0, run = item_run(w, begin); c < CHUNKS; ++c) {
         const int run_end = item_run(w, min(begin + (c + 1) * chunk, share_end));
-        stage_x(w, shape, x, x_stride, run, run_end - run, x_shared + (run - first_run) * run_bytes, run_bytes, row_warp);
+        if (!(PROBE & 4)) stage_x(w, shape, x, x_stride, run, run_end - run, x_shared + (run - first_run) * run_bytes, run_bytes, row_warp);
         copy_arrive(ready + 8 * c);
         run = run_end;
     }
@@ -297,14 +294,13 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
         for (slot = 0; slot < DEPTH; ++slot) {
             if (item >= q_end) break;
             wait();
-            multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, lane, x_at, run_bytes, acc);
+            if (!(PROBE & 1)) multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, lane, x_at, run_bytes, acc);
 #pragma unroll
             for (int i = 0; i < TOKEN_TILES; ++i) x_at[i] += RUNS * run_bytes;
             __syncwarp();
             fetch(slot, item + DEPTH);
             ++item;
         }
-        next_round();
     }
     float sum[TILES][TOKEN_TILES][4] = {};
     for (slot %= DEPTH; item < end; ++item) {
@@ -342,6 +338,7 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
             for (int e = 0; e < 4; ++e) acc[i][n][e] = acc[i][n][e] * (1.f / unit_of(e >> 1)) + scale[e >> 1] * sum[i][n][e];
     }
 
+    if ((PROBE & 8) && acc[0][0][0] != 12345.f) return;
     // Sums of all warps to shared memory, [tile][token][16 rows] in each warp's own ring; added over the warps, then over the CTAs of the cluster.
     copy_wait<0>();
     constexpr int TILE_FLOATS = 16 * 8 * TOKEN_TILES;
