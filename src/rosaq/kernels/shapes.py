@@ -15,6 +15,7 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
+MOST21 = 12
 DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
 
 
@@ -76,7 +77,7 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
     slot_bytes = max(1024, weights[0])
     for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (4, 6, 8, 12, 16, 24)):
         k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
-        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (12 if per_warp == 1 else 16)  # as the kernels are built
+        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (MOST21 if per_warp == 1 else 16)  # as the kernels are built
         if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)

@@ -57,6 +57,9 @@ constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_
 #ifndef PROBE
 #define PROBE 0
 #endif
+#ifndef W21
+#define W21 384
+#endif
 #ifndef D1
 #define D1 4
 #endif
@@ -202,7 +205,7 @@ __device__ inline void multiply_block(const uint8_t* data, int lane, const uint3
 }
 
 template <int TOKEN_TILES, int TILES>
-__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? 384 : 512, TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
+__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? W21 : 512, W21 == 384 && TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
     decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
            const __grid_constant__ DecodeShape shape) {
     constexpr int CHUNKS = chunks_of(TOKEN_TILES), DEPTH = depth_of(TILES), STAGE_BYTES = TILES * SLOT_BYTES, RING_BYTES = DEPTH * STAGE_BYTES;
