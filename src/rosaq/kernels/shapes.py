@@ -15,7 +15,6 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
-MOST21 = 12
 DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
 
 
@@ -77,7 +76,7 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
     slot_bytes = max(1024, weights[0])
     for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (4, 6, 8, 12, 16, 24)):
         k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
-        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (MOST21 if per_warp == 1 else 16)  # as the kernels are built
+        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (12 if per_warp == 1 else 16)  # as the kernels are built
         if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)
@@ -139,9 +138,9 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
-        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16))
+        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16)) // k_groups * k_groups  # a slot belongs to one k group
         sums = k_groups * tile * (TILE * row_tiles + 4) * 4
-        if groups * k_groups > 4 or slots < max(2, k_groups) or sums > slots * slot_bytes or tile * twice > 128:
+        if groups * k_groups > 4 or slots < 2 or sums > slots * slot_bytes or tile * twice > 128:
             continue  # four groups of warps have registers, for 128 tokens or twice 64 rows each
         if splits > (form.q_items + form.s_items) // 2:
             continue

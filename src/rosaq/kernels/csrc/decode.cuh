@@ -3,7 +3,7 @@
 // A CTA owns R = `row_warps` * TILES row tiles and, in a cluster of `splits` CTAs, one stretch of their items; its warps are
 // row_warps x k_warps, each with TILES tiles and a stretch of the CTA's items. A warp copies DEPTH items per tile ahead (cp.async) into its own
 // ring in shared memory and needs no other warp until the sums are added up, but for x: the row_warps warps that meet the same channels bring
-// them together, in one or four chunks, and wait for each chunk only when they get there. Weights are fetched before the previous kernel of the
+// them together, in one or two chunks, and wait for each chunk only when they get there. Weights are fetched before the previous kernel of the
 // stream has finished; x, which that kernel may be writing, is read after.
 //
 // x lies in shared memory as [run][token][64 bytes], its 16-byte pieces exchanged as in the 64-byte swizzle, so ldmatrix has no conflicts.
@@ -54,25 +54,10 @@ struct DecodeShape {
     uint16_t begin[200];                  // first item of every k_warp of every split, and the end
 };
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
-#ifndef PROBE
-#define PROBE 0
-#endif
-#ifndef W21
-#define W21 384
-#endif
-#ifndef D1
-#define D1 4
-#endif
-#ifndef D2
-#define D2 2
-#endif
-#ifndef C2
-#define C2 4
-#endif
-__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? D1 : D2; }
+__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
 
 // Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
-__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : C2; }
+__host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 2; }
 constexpr int MOST_WARPS = 24;  // of a CTA
 // Bytes of a run of x in shared memory: above 8 tokens always those of 16, a constant.
 template <int TOKEN_TILES>
@@ -205,7 +190,7 @@ __device__ inline void multiply_block(const uint8_t* data, int lane, const uint3
 }
 
 template <int TOKEN_TILES, int TILES>
-__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? W21 : 512, W21 == 384 && TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
+__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? 384 : 512, TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
     decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
            const __grid_constant__ DecodeShape shape) {
     constexpr int CHUNKS = chunks_of(TOKEN_TILES), DEPTH = depth_of(TILES), STAGE_BYTES = TILES * SLOT_BYTES, RING_BYTES = DEPTH * STAGE_BYTES;
@@ -233,8 +218,7 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
     const uint32_t ring_at = shared_address(ring), codes_to = ring_at + 16 * lane;
     const uint32_t scales_to = ring_at + lane / LANES * SLOT_BYTES + CODE_BYTES + 16 * (lane % LANES);
     auto fetch = [&](int slot, int item) {  // one group per call, also past the end, so that groups count items
-        if (PROBE & 2) {
-        } else if (item < q_end) {
+        if (item < q_end) {
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
                 const uint32_t to = codes_to + slot * STAGE_BYTES + i * SLOT_BYTES;
@@ -267,7 +251,7 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
     uint32_t ready = shared_address(x_ready + k_warp * CHUNKS);
     for (int c = 0, run = item_run(w, begin); c < CHUNKS; ++c) {
         const int run_end = item_run(w, min(begin + (c + 1) * chunk, share_end));
-        if (!(PROBE & 4)) stage_x(w, shape, x, x_stride, run, run_end - run, x_shared + (run - first_run) * run_bytes, run_bytes, row_warp);
+        stage_x(w, shape, x, x_stride, run, run_end - run, x_shared + (run - first_run) * run_bytes, run_bytes, row_warp);
         copy_arrive(ready + 8 * c);
         run = run_end;
     }
@@ -297,7 +281,7 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
         for (slot = 0; slot < DEPTH; ++slot) {
             if (item >= q_end) break;
             wait();
-            if (!(PROBE & 1)) multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, lane, x_at, run_bytes, acc);
+            multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, lane, x_at, run_bytes, acc);
 #pragma unroll
             for (int i = 0; i < TOKEN_TILES; ++i) x_at[i] += RUNS * run_bytes;
             __syncwarp();
@@ -341,7 +325,6 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 
             for (int e = 0; e < 4; ++e) acc[i][n][e] = acc[i][n][e] * (1.f / unit_of(e >> 1)) + scale[e >> 1] * sum[i][n][e];
     }
 
-    if ((PROBE & 8) && acc[0][0][0] != 12345.f) return;
     // Sums of all warps to shared memory, [tile][token][16 rows] in each warp's own ring; added over the warps, then over the CTAs of the cluster.
     copy_wait<0>();
     constexpr int TILE_FLOATS = 16 * 8 * TOKEN_TILES;
