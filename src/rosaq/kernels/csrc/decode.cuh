@@ -60,6 +60,9 @@ __host__ __device__ constexpr int depth_of(int variant) { return variant == 1 ? 
 
 // Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
 __host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 2; }
+#ifndef ROT
+#define ROT 1
+#endif
 constexpr int MOST_WARPS = 24;  // of a CTA
 // Bytes of a run of x in shared memory: above 8 tokens always those of 16, a constant.
 template <int TOKEN_TILES>
@@ -142,9 +145,6 @@ __device__ inline const uint32_t* x_pair(const uint32_t (&b)[TOKEN_TILES][4], in
 #endif
 #ifndef AHEAD2
 #define AHEAD2 1
-#endif
-#ifndef ROT
-#define ROT 1
 #endif
 template <int TOKEN_TILES>
 constexpr bool AHEAD = TOKEN_TILES == 2 ? AHEAD2 : AHEAD1;
