@@ -15,7 +15,7 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
-TILES, DEPTH = {1: 1, 2: 2, 3: 2}, {1: 4, 2: 2, 3: 3}  # row tiles of a warp of the decoding kernel, and items fetched ahead, by variant
+DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
 
 
 class DecodeShape(ctypes.Structure):
@@ -39,7 +39,7 @@ class Shape:
     """How a launch is cut up, with what is left of its arguments."""
 
     sizes: DecodeShape | BatchShape
-    variant: int  # decoding: of `TILES` and `DEPTH`; batch: tokens per CTA
+    variant: int  # decoding: row tiles per warp; batch: tokens per CTA
 
     @property
     def cut(self) -> tuple[int, ...]:
@@ -74,18 +74,19 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     weights = (form.code_bytes + form.scale_bytes, form.s_item_bytes)
     slot_bytes = max(1024, weights[0])
-    for splits, variant, row_warps, warps in product((1, 2, 3, 4, 6, 8), TILES, range(1, 17), (4, 6, 8, 12, 16, 24)):
+    for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (4, 6, 8, 12, 16, 24)):
         k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
-        most = (24 if variant == 1 else 16) if tokens <= 8 else (12 if variant == 1 else 16)  # as the kernels are built
-        if k_warps < 1 or warps > most or (splits, variant, row_warps, k_warps) in found:
+        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (12 if per_warp == 1 else 16)  # as the kernels are built
+        if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)
-        x_bytes = max(_x_bytes(form, tokens, begin[i], begin[i + k_warps]) for i in range(0, splits * k_warps, k_warps))
-        if x_bytes + row_warps * k_warps * TILES[variant] * DEPTH[variant] * slot_bytes > SHARED_BYTES:
+        runs = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps))
+        x_bytes = runs * (16 if tokens > 8 else tokens) * 64
+        if x_bytes + row_warps * k_warps * per_warp * DEPTH[per_warp] * slot_bytes > SHARED_BYTES:
             continue
         reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
         sizes = DecodeShape(tokens, row_warps, k_warps, splits, x_bytes, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
-        found[splits, variant, row_warps, k_warps] = Shape(sizes, variant)
+        found[splits, per_warp, row_warps, k_warps] = Shape(sizes, per_warp)
     if not found:
         raise ValueError(f"the decoding kernel has no room for {tokens} tokens of {form.columns} channels in shared memory")
     return list(found.values())
@@ -94,12 +95,6 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
 def _runs(form: Form, item: int) -> int:
     """Runs of x before an item."""
     return min(item, form.q_items) * form.runs + max(0, item - form.q_items)
-
-
-def _x_bytes(form: Form, tokens: int, first: int, end: int) -> int:
-    """Bytes in shared memory of x and its sums for items `first` to `end`."""
-    groups = (min(end, form.q_items) - min(first, form.q_items)) * form.runs // form.group_runs
-    return (_runs(form, end) - _runs(form, first)) * (16 if tokens > 8 else tokens) * 64 + groups * (16 if tokens > 8 else 8) * 4
 
 
 def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
@@ -117,12 +112,12 @@ def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
     """Estimated microseconds. The constants were fitted to 1997 launches measured on an H200 (docs/log.md)."""
     sizes = shape.sizes
     assert isinstance(sizes, DecodeShape)
-    two_token_tiles, per_warp = sizes.tokens > 8, TILES[shape.variant]
+    two_token_tiles, per_warp = sizes.tokens > 8, shape.variant
     tiles, warps = sizes.row_warps * per_warp, sizes.row_warps * sizes.k_warps
     ctas = -(-form.tiles // tiles) * sizes.splits
     slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
-    shared = sizes.x_bytes + warps * per_warp * DEPTH[shape.variant] * slot_bytes + 1024
-    registers = {(False, 1): 64, (False, 2): 80, (True, 1): 72, (True, 2): 96}[two_token_tiles, per_warp]
+    shared = sizes.x_bytes + warps * per_warp * DEPTH[per_warp] * slot_bytes + 1024
+    registers = {(False, 1): 64, (False, 2): 88, (True, 1): 80, (True, 2): 128}[two_token_tiles, per_warp]
     resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
     each, most = ctas / multiprocessors, -(-ctas // multiprocessors)
     load = tiles * form.tile_bytes / sizes.splits * (0.075 * most + 0.925 * max(each, 1))  # bytes of a multiprocessor
@@ -144,7 +139,7 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
-        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16)) // k_groups * k_groups  # a slot belongs to one k group
+        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16)) // k_groups * k_groups  # each belongs to one k group
         sums = k_groups * tile * (TILE * row_tiles + 4) * 4
         if groups * k_groups > 4 or slots < 2 or sums > slots * slot_bytes or tile * twice > 128:
             continue  # four groups of warps have registers, for 128 tokens or twice 64 rows each

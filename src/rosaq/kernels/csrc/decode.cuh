@@ -54,15 +54,10 @@ struct DecodeShape {
     uint16_t begin[200];                  // first item of every k_warp of every split, and the end
 };
 constexpr int SLOT_BYTES = CODE_BYTES + SCALE_BYTES > 1024 ? CODE_BYTES + SCALE_BYTES : 1024;  // a quantized item, or a salient one
-// A warp has one row tile and fetches four items ahead (variant 1), or two row tiles, two or three items ahead (variants 2 and 3).
-__host__ __device__ constexpr int tiles_of(int variant) { return variant == 1 ? 1 : 2; }
-__host__ __device__ constexpr int depth_of(int variant) { return variant == 1 ? 4 : variant; }
+__host__ __device__ constexpr int depth_of(int tiles) { return tiles == 1 ? 4 : 2; }
 
 // Chunks of a warp's stretch of x, for which it waits one after the other: below 9 tokens x is soon there.
 __host__ __device__ constexpr int chunks_of(int token_tiles) { return token_tiles == 1 ? 1 : 2; }
-#ifndef ROT
-#define ROT 1
-#endif
 constexpr int MOST_WARPS = 24;  // of a CTA
 // Bytes of a run of x in shared memory: above 8 tokens always those of 16, a constant.
 template <int TOKEN_TILES>
@@ -75,7 +70,6 @@ __device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const
     const int over_tokens = min(tokens, shape.row_warps), over_pieces = shape.row_warps / over_tokens;  // how the warps share the work
     const int token = row_warp % over_tokens, part = row_warp / over_tokens;
     if (part >= over_pieces) return;
-    const int rotated = ROT ? blockIdx.x % tokens : 0;  // so that the multiprocessors do not all ask for the same line at once
     for (int i = 32 * part + lane; i < 4 * count; i += 32 * over_pieces) {
         const int piece = i & 3, run = first + (i >> 2);
         const bool salient = run >= q_runs;
@@ -84,8 +78,7 @@ __device__ inline void stage_x(const Weights& w, const DecodeShape& shape, const
         const bool there = block < w.blocks && within < (salient ? w.s_valid : w.q_valid);
         const uint16_t* from = there ? x + int64_t(block) * w.block_size + (salient ? w.s_offset : w.q_offset) + within : x;
         const uint32_t run_to = to + (i >> 2) * run_bytes;
-        for (int k = token; k < tokens; k += over_tokens) {
-            const int m = k + rotated < tokens ? k + rotated : k + rotated - tokens;
+        for (int m = token; m < tokens; m += over_tokens) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(run_to + m * 64 + ((piece ^ ((m >> 1) & 3)) << 4)),
                          "l"(from + (there ? m * x_stride : 0)), "r"(there ? 16 : 0)
                          : "memory");
@@ -138,56 +131,17 @@ __device__ inline const uint32_t* x_pair(const uint32_t (&b)[TOKEN_TILES][4], in
     return TOKEN_TILES == 2 ? b[step] + 2 * token_tile : b[0] + 2 * step;
 }
 
-// Above 8 tokens the sums of x are made once for all row tiles, when a chunk of x is there; up to 8 every warp makes its own on the way, since
-// nobody should wait for them.
-#ifndef AHEAD1
-#define AHEAD1 0
-#endif
-#ifndef AHEAD2
-#define AHEAD2 1
-#endif
-template <int TOKEN_TILES>
-constexpr bool AHEAD = TOKEN_TILES == 2 ? AHEAD2 : AHEAD1;
-
-// sum += x: as the A operand, the registers of x are: of 8 tokens, channels 0 to 7 and 16 to 23 of the run in rows 0 to 7, the others below; of 16, a
-// step's halves below one another for tokens 0 to 7 (k < 8) and 8 to 15 (k >= 8), told apart by what even and odd columns multiply. So the sum of token
-// lane / 4 is sum[0] + sum[2], and of 8 more sum[1] + sum[3].
-template <int TOKEN_TILES>
-__device__ inline void sum_run(float (&sum)[4], const uint32_t (&b)[TOKEN_TILES][4], int lane) {
-    const bool odd = lane & 4;
-    const uint32_t factor[2] = {TOKEN_TILES == 2 && odd ? 0u : X_FACTOR, TOKEN_TILES == 2 && !odd ? 0u : X_FACTOR};
-#pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n) mma(sum, b[n], factor[0], factor[1]);
-}
-
-// The sums of x over the groups of a quantized block, [group][token], in the units of the codes.
-template <int TOKEN_TILES>
-__device__ inline void sum_block(float* x_sums, int lane, const uint32_t (&x_at)[TOKEN_TILES], int run_bytes) {
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-        float sum[4] = {};
-#pragma unroll
-        for (int r = 0; r < GROUP_RUNS; ++r) {
-            uint32_t b[TOKEN_TILES][4];
-            load_x<TOKEN_TILES>(b, x_at, group * GROUP_RUNS + r, run_bytes);
-            sum_run<TOKEN_TILES>(sum, b, lane);
-        }
-        if ((lane & 3) == 0) {
-            float* to = x_sums + group * TOKEN_TILES * 8 + (lane >> 2);
-            to[0] = sum[0] + sum[2];
-            if (TOKEN_TILES == 2) to[8] = sum[1] + sum[3];
-        }
-    }
-}
-
 // acc += scale * ((codes - zero) times x) for one quantized block of TILES row tiles, whose first tile lies at `data`.
 template <int TOKEN_TILES, int TILES>
-__device__ inline void multiply_block(const uint8_t* data, const float* x_sums, int lane, const uint32_t (&x_at)[TOKEN_TILES], int run_bytes,
-                                      float (&acc)[TILES][TOKEN_TILES][4]) {
+__device__ inline void multiply_block(const uint8_t* data, int lane, const uint32_t (&x_at)[TOKEN_TILES], int run_bytes, float (&acc)[TILES][TOKEN_TILES][4]) {
     uint32_t words[TILES][WORDS];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) load_words<WORDS>(data + i * SLOT_BYTES, lane, words[i], FromShared{});
     float sum[TILES][TOKEN_TILES][4], x_sum[4];
+    // As the A operand, the registers of x are: of 8 tokens, channels 0 to 7 and 16 to 23 of the run in rows 0 to 7, the others below; of 16, a step's
+    // halves below one another for tokens 0 to 7 (k < 8) and 8 to 15 (k >= 8), told apart by what even and odd columns multiply.
+    const bool odd = lane & 4;
+    const uint32_t factor[2] = {TOKEN_TILES == 2 && odd ? 0u : X_FACTOR, TOKEN_TILES == 2 && !odd ? 0u : X_FACTOR};
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
         uint32_t a[TILES][4][4];
@@ -206,7 +160,8 @@ __device__ inline void multiply_block(const uint8_t* data, const float* x_sums, 
                     for (int i = 0; i < TILES * TOKEN_TILES; ++i) sum[i / TOKEN_TILES][i % TOKEN_TILES][e] = 0.f;
                 }
             }
-            if constexpr (!AHEAD<TOKEN_TILES>) sum_run<TOKEN_TILES>(x_sum, b, lane);
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) mma(x_sum, b[n], factor[0], factor[1]);
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -214,11 +169,13 @@ __device__ inline void multiply_block(const uint8_t* data, const float* x_sums, 
 #pragma unroll
                     for (int n = 0; n < TOKEN_TILES; ++n) mma(sum[i][n], a[i][2 * h + j], x_pair<TOKEN_TILES>(b, n, j)[0], x_pair<TOKEN_TILES>(b, n, j)[1]);
             if (run % GROUP_RUNS < GROUP_RUNS - 1) continue;
-            float2 of_x[TOKEN_TILES];  // sums of x of tokens 2 t and 2 t + 1
+            // Lane 4 g + t has the sums of tokens g and g + 8, and needs those of tokens 2 t and 2 t + 1.
+            float of_x[TOKEN_TILES][2];
+            const int from = 8 * (lane & 3);
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; ++n) {
-                if constexpr (AHEAD<TOKEN_TILES>) of_x[n] = *reinterpret_cast<const float2*>(x_sums + (run / GROUP_RUNS * TOKEN_TILES + n) * 8 + 2 * (lane & 3));
-                else of_x[n].x = __shfl_sync(~0u, x_sum[n] + x_sum[n + 2], 8 * (lane & 3)), of_x[n].y = __shfl_sync(~0u, x_sum[n] + x_sum[n + 2], 8 * (lane & 3) + 4);
+            for (int e = 0; e < 2; ++e) {
+                of_x[0][e] = __shfl_sync(~0u, x_sum[0] + x_sum[2], from + 4 * e);
+                if constexpr (TOKEN_TILES == 2) of_x[1][e] = __shfl_sync(~0u, x_sum[1] + x_sum[3], from + 4 * e);
             }
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
@@ -226,17 +183,17 @@ __device__ inline void multiply_block(const uint8_t* data, const float* x_sums, 
 #pragma unroll
                 for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) acc[i][n][e] += rows.scale[e >> 1] * (sum[i][n][e] + rows.minus[e >> 1] * (e & 1 ? of_x[n].y : of_x[n].x));
+                    for (int e = 0; e < 4; ++e) acc[i][n][e] += rows.scale[e >> 1] * (sum[i][n][e] + rows.minus[e >> 1] * of_x[n][e & 1]);
             }
         }
     }
 }
 
-template <int TOKEN_TILES, int VARIANT>
-__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : VARIANT == 1 ? 384 : 512, TOKEN_TILES == 2 && VARIANT == 1 ? 2 : 1)
+template <int TOKEN_TILES, int TILES>
+__global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : TILES == 1 ? 384 : 512, TOKEN_TILES == 2 && TILES == 1 ? 2 : 1)
     decode(const __grid_constant__ Weights w, const uint16_t* __restrict__ x, int64_t x_stride, uint16_t* __restrict__ y, int64_t y_stride,
            const __grid_constant__ DecodeShape shape) {
-    constexpr int CHUNKS = chunks_of(TOKEN_TILES), TILES = tiles_of(VARIANT), DEPTH = depth_of(VARIANT), STAGE_BYTES = TILES * SLOT_BYTES, RING_BYTES = DEPTH * STAGE_BYTES;
+    constexpr int CHUNKS = chunks_of(TOKEN_TILES), DEPTH = depth_of(TILES), STAGE_BYTES = TILES * SLOT_BYTES, RING_BYTES = DEPTH * STAGE_BYTES;
     extern __shared__ __align__(1024) uint8_t shared[];
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is one value per warp
     const int row_warp = warp % shape.row_warps, k_warp = warp / shape.row_warps;
@@ -309,41 +266,22 @@ __global__ void __launch_bounds__(TOKEN_TILES == 1 ? 32 * MOST_WARPS : VARIANT =
         x_at[i] = x_shared + token * 64 + ((piece ^ ((token >> 1) & 3)) << 4) + (item_run(w, begin) - first_run) * run_bytes;
     }
     float acc[TILES][TOKEN_TILES][4] = {};
-    // x of the next chunk is there for all warps of this part, and so are its sums, each block's by one of them.
-    const int block_sums = GROUPS * TOKEN_TILES * 8;
-    float* x_sums = reinterpret_cast<float*>(shared + (item_run(w, share[shape.k_warps]) - first_run) * run_bytes) + (min(begin, w.q_items) - min(cta_begin, w.q_items)) * block_sums;
     int item = begin, next_chunk = begin, slot = 0;
-    auto enter_chunk = [&]() {
-        barrier_wait(ready, 0);
-        if constexpr (AHEAD<TOKEN_TILES>) {
-            const int chunk_end = min(min(next_chunk + chunk, share_end), w.q_items);
-            for (int i = next_chunk + row_warp; i < chunk_end; i += shape.row_warps) {
-                uint32_t at[TOKEN_TILES];
-#pragma unroll
-                for (int n = 0; n < TOKEN_TILES; ++n) at[n] = x_at[n] + (i - item) * RUNS * run_bytes;
-                sum_block<TOKEN_TILES>(x_sums + (i - item) * block_sums, lane, at, run_bytes);
-            }
-            if (shape.row_warps > 1) asm volatile("barrier.sync %0, %1;" ::"r"(1 + k_warp), "r"(32 * shape.row_warps) : "memory");
-            else __syncwarp();
-        }
-        ready += 8, next_chunk += chunk;
-    };
-    if (AHEAD<TOKEN_TILES> && end == begin) {  // no row tile: only help with the sums
-        for (int i = begin; i < share_end; i += chunk) enter_chunk();
-    }
     auto wait = [&]() {
-        if ((CHUNKS > 1 || AHEAD<TOKEN_TILES>) && item == next_chunk) enter_chunk();
+        if (CHUNKS > 1 && item == next_chunk) {
+            barrier_wait(ready, 0);
+            ready += 8, next_chunk += chunk;
+        }
         copy_wait<DEPTH - 1>();
         __syncwarp();
     };
-    if (CHUNKS == 1 && !AHEAD<TOKEN_TILES>) enter_chunk();
+    if (CHUNKS == 1) barrier_wait(ready, 0);
     while (item < q_end) {
 #pragma unroll
         for (slot = 0; slot < DEPTH; ++slot) {
             if (item >= q_end) break;
             wait();
-            multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, x_sums, lane, x_at, run_bytes, acc);
-            x_sums += block_sums;
+            multiply_block<TOKEN_TILES, TILES>(ring + slot * STAGE_BYTES, lane, x_at, run_bytes, acc);
 #pragma unroll
             for (int i = 0; i < TOKEN_TILES; ++i) x_at[i] += RUNS * run_bytes;
             __syncwarp();

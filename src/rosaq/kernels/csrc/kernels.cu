@@ -67,13 +67,12 @@ int x_map(CUtensorMap* map, const Weights* w, const void* x, int offset, int64_t
 
 extern "C" {
 
-int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, DecodeShape shape, int variant, int overlap, cudaStream_t stream) {
-    const int warps = shape.row_warps * shape.k_warps, tiles = tiles_of(variant);
-    const int shared_bytes = shape.x_bytes + warps * tiles * depth_of(variant) * SLOT_BYTES;
-    const dim3 grid(blocks_of(w->tiles, shape.row_warps * tiles), shape.splits);
-    auto few = variant == 1 ? decode<1, 1> : variant == 2 ? decode<1, 2> : decode<1, 3>;
-    auto more = variant == 1 ? decode<2, 1> : variant == 2 ? decode<2, 2> : decode<2, 3>;
-    return launch(shape.tokens <= 8 ? few : more, grid, warps * 32, shared_bytes, shape.splits, overlap, stream, *w, static_cast<const uint16_t*>(x), x_stride,
+int rosaq_decode(const Weights* w, const void* x, int64_t x_stride, void* y, int64_t y_stride, DecodeShape shape, int tiles_per_warp, int overlap, cudaStream_t stream) {
+    const int warps = shape.row_warps * shape.k_warps, token_tiles = shape.tokens <= 8 ? 1 : 2;
+    const int shared_bytes = shape.x_bytes + warps * tiles_per_warp * depth_of(tiles_per_warp) * SLOT_BYTES;
+    const dim3 grid(blocks_of(w->tiles, shape.row_warps * tiles_per_warp), shape.splits);
+    auto kernel = token_tiles == 1 ? (tiles_per_warp == 1 ? decode<1, 1> : decode<1, 2>) : (tiles_per_warp == 1 ? decode<2, 1> : decode<2, 2>);
+    return launch(kernel, grid, warps * 32, shared_bytes, shape.splits, overlap, stream, *w, static_cast<const uint16_t*>(x), x_stride,
                   static_cast<uint16_t*>(y), y_stride, shape);
 }
 
