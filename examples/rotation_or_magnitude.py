@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from planted_outliers import planted
 
 import rosaq
 from rosaq.architecture import LINEARS, NORMS, SITE_NORM, SITES
@@ -123,19 +124,6 @@ class Study:
             rows.append([float(part / heads.diagonal(dim1=1, dim2=2).sum()) for part in (plain, within, own)])
         return [statistics.median(column) for column in zip(*rows, strict=True)]
 
-    def planted(self, spread):
-        """The same function with outlier channels: norm weights times e^(spread z), the columns that read them divided by it."""
-        generator = torch.Generator().manual_seed(0)
-        scale = torch.exp(spread * torch.randn(self.source.architecture.hidden, generator=generator))
-        tensors = dict(self.source.tensors)
-        for index in range(self.source.architecture.layers):
-            prefix = self.source.architecture.block_prefix(index)
-            for site, norm in SITE_NORM.items():
-                tensors[f"{prefix}{NORMS[norm]}.weight"] = tensors[f"{prefix}{NORMS[norm]}.weight"] * scale
-                for role in SITES[site]:
-                    tensors[f"{prefix}{LINEARS[role]}.weight"] = tensors[f"{prefix}{LINEARS[role]}.weight"] / scale
-        return dataclasses.replace(self.source, tensors=tensors)
-
 
 def synthetic(directions, share, aligned, salient=64, width=512):
     """ROSAQ's error over Mixed's for Gaussian weights and inputs with `share` of their energy in some planted directions.
@@ -181,7 +169,7 @@ def study(arguments):
         "by K": {k: run.compare(salient=k) for k in (8, 16, 32, 64, 128, 256) if k < hidden},
         "by group": {group: run.compare(group_size=group) for group in (32, 64, 128)},
         "heads, energy in the top": dict(zip(("channels", "axes shared by a group", "axes of each query head"), run.queries(), strict=True)),
-        "by planted spread": {spread: run.compare(source=run.planted(spread)) for spread in (0.25, 0.5, 1.0, 2.0)},
+        "by planted spread": {spread: run.compare(source=planted(run.source, spread)) for spread in (0.25, 0.5, 1.0, 2.0)},
     }  # fmt: skip
     if arguments.other:
         other, seen = run.see(dataclasses.replace(run.calibration, text=arguments.other))

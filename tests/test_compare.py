@@ -20,11 +20,12 @@ from rosaq.architecture import Architecture
 from rosaq.clock import no_progress
 from rosaq.comparison import pareto
 from rosaq.comparison.experiment import Cell, Experiment, fingerprint, sized
-from rosaq.comparison.measures import task_figures
+from rosaq.comparison.measures import Measures, task_figures
 from rosaq.comparison.published import published
 from rosaq.comparison.results import Results
 from rosaq.comparison.run import compare
 from rosaq.comparison.table import make_table
+from rosaq.comparison.worker import Worker
 from rosaq.engines.loading import load_model
 from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
 
@@ -118,6 +119,45 @@ def test_moments_are_collected_once_for_a_seed(experiment, tmp_path, monkeypatch
     gptq = tuple(load_recipe("rosaq-paper").replace(name=f"g{bits}", rounding="gptq", salient_bits=bits, **SIZES) for bits in (8, 16))
     compare(experiment(recipes=gptq, seeds=(0, 1)), tmp_path / "out", ("cpu",))
     assert len(passes) == 2  # two recipes at two bits with two seeds
+
+
+def test_statistics_are_measured_once_for_a_seed_by_all_processes(experiment, tmp_path, monkeypatch):
+    from rosaq.comparison import worker
+
+    measured, real = [], worker.measure
+    monkeypatch.setattr(worker, "measure", lambda *arguments: measured.append(1) or real(*arguments))
+    wanted = experiment(seeds=(0, 1))
+    source = open_source(wanted.model)
+    results = Results(tmp_path / "out", wanted, source)
+    first, second = (Worker(results, source, Measures(wanted, source.tokenizer), "cpu", rank) for rank in (0, 1))  # as two processes have them
+    for cell in wanted.cells():
+        (first if cell.recipe is None or cell.recipe.name == "rtn" else second)._try(cell)
+    assert len(measured) == 2 and len(list((tmp_path / "out" / "shared").iterdir())) == 2
+    assert table_of(compare(wanted, tmp_path / "out", ("cpu",))).csv() == table_of(compare(wanted, tmp_path / "alone", ("cpu",))).csv()
+    assert not list((tmp_path / "out" / "shared").iterdir())  # they are large
+
+
+def test_rotations_are_learned_once_for_a_seed_and_bits(experiment, tmp_path, monkeypatch):
+    from rosaq import job
+
+    learned, real = [], job.learn
+    monkeypatch.setattr(job, "learn", lambda *arguments: learned.append(1) or real(*arguments))
+    nearest, feedback = (sized(load_recipe(name), **SIZES).replace(learning_steps=2) for name in ("spinquant", "spinquant-gptq"))
+    compare(experiment(recipes=(nearest,), seeds=(0, 1)), tmp_path / "out", ("cpu",))
+    assert len(learned) == 4
+    again = compare(experiment(recipes=(nearest, feedback), seeds=(0, 1)), tmp_path / "out", ("cpu",))  # as another process would
+    assert len(learned) == 4
+    alone = compare(experiment(recipes=(feedback,), seeds=(0, 1)), tmp_path / "alone", ("cpu",))
+    assert len(learned) == 8
+    perplexities = [
+        {cell.name: values["figures"] for cell, values in measured if cell.name.startswith("spinquant-gptq")} for measured in (again, alone)
+    ]
+    assert perplexities[0] == perplexities[1] and len(perplexities[0]) == 4
+    wanted = experiment(recipes=(nearest, feedback))
+    results = [Results(tmp_path / "held", wanted, open_source(wanted.model)) for _ in range(2)]
+    four, three = (Cell(feedback.replace(bits=bits), 0, ("wikitext2",)) for bits in (4, 3))
+    with results[0].learning(Cell(nearest, 0, ("wikitext2",))) as mine, results[1].learning(four) as same, results[1].learning(three) as other:
+        assert (mine, same, other) == (True, False, True)
 
 
 def test_killed_and_gone_on_with(experiment, tmp_path, text_file, data):

@@ -10,7 +10,7 @@ import torch
 from rosaq import load_recipe
 from rosaq.architecture import Architecture
 from rosaq.benchmark.decoding import Settings, Timing, benchmark_decoding, peer_group_size, rows
-from rosaq.benchmark.decoding_run import median_step_ms, prompts
+from rosaq.benchmark.decoding_run import kv_cache_bytes, median_step_ms, prompts, vllm_options
 from rosaq.benchmark.model_shapes import SHAPES, shape_config
 from rosaq.embedding import RosaqEmbedding
 from rosaq.engines.dummy import dummy_config, dummy_model, write_dummy
@@ -39,6 +39,17 @@ def test_the_median_leaves_out_the_prompt_and_one_slow_step():
 def test_prompts_are_token_ids_of_the_model():
     ids = torch.tensor(prompts(3, 16, 97))
     assert ids.shape == (3, 16) and ids.min() >= 5 and ids.max() < 97 and prompts(3, 16, 97) == ids.tolist()
+
+
+def test_an_engine_takes_the_memory_that_the_pairs_need_and_further_options():
+    config = shape_config("llama-2-7b")
+    settings = Settings(((1, 100), (64, 256)), vllm_options={"attention_backend": "TRITON_ATTN", "compilation_config": {"mode": 0}})
+    options = vllm_options(config, settings)
+    assert options["attention_backend"] == "TRITON_ATTN" and options["compilation_config"] == {"cudagraph_capture_sizes": [1, 64], "mode": 0}
+    assert options["max_model_len"] == 512 and options["max_num_batched_tokens"] == 64 * 256
+    assert kv_cache_bytes(config, settings) == 32 * 2 * 4096 * 2 * (64 * 512 + 128)  # layers, keys and values, channels, bytes, tokens
+    halved = Settings(settings.pairs, "bfloat16", "fp8", tensor_parallel=2)
+    assert kv_cache_bytes(config, halved) * 4 == kv_cache_bytes(config, settings)
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -87,7 +98,9 @@ def test_what_cannot_be_timed_is_refused(change, message):
         benchmark_decoding(**{**dict(model="smollm2-135m", recipe=load_recipe("rosaq-int4"), settings=Settings()), **change})
 
 
-@pytest.mark.parametrize("change", [dict(dtype="float32"), dict(kv_cache_dtype="int4"), dict(pairs=()), dict(pairs=((0, 128),))])
+@pytest.mark.parametrize(
+    "change", [dict(dtype="float32"), dict(kv_cache_dtype="int4"), dict(pairs=()), dict(pairs=((0, 128),)), dict(at_once=0), dict(repeats=0)]
+)
 def test_settings_that_mean_nothing_are_refused(change):
     with pytest.raises(ValueError):
         Settings(**change)
@@ -101,15 +114,23 @@ def test_one_run(saved, tmp_path):
     assert done.returncode == 1 and "salient is 128, but the model is 48 channels wide" in done.stderr
     recipe = tmp_path / "small.toml"
     recipe.write_text('name = "small"\ngroup_size = 16\nsalient = 16\nsalient_per_head = 4\n')
-    done = subprocess.run([*command, "--recipe", str(recipe), "--json", "-o", str(tmp_path / "rows.json")], capture_output=True, text=True)
+    command += ["--recipe", str(recipe), "--json", "-o", str(tmp_path / "rows.json"), "--at-once", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "rows.json").read_text()) and result["failures"] == []
     assert [(row["weights"], row["batch"], row["tokens"]) for row in result["rows"]] == [
         ("fp16", 1, 8), ("fp16", 2, 12), ("rosaq", 1, 8), ("rosaq", 2, 12),
     ]  # fmt: skip
-    assert all(row["step_ms"] > 0 for row in result["rows"])
+    assert all(row["step_ms"] > 0 and row["details"]["start_s"] > 0 for row in result["rows"])
     assert {row["details"]["kernel"] for row in result["rows"] if row["weights"] == "rosaq"} == {"cpu"}
+
+
+def test_vllm_options_that_are_not_json_are_refused():
+    for text in ("{", "[1]"):
+        command = [sys.executable, "-m", "rosaq", "benchmark", "decode", "--engine", "transformers", "--vllm-options", text]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and f"vllm-options '{text}'" in done.stderr
 
 
 def test_a_case_that_fails_is_told_and_not_filled_in(saved, tmp_path):

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import random_model, tokenizer
 from pages import ROOT
+from rosaq import Calibration, load_recipe, quantize
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
@@ -26,6 +28,7 @@ def model(tmp_path):
 def run(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.syspath_prepend(ROOT / "examples")  # as Python does for a script
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
@@ -44,6 +47,25 @@ def test_hub_7b(model, text_file, tmp_path, monkeypatch, capsys):
     assert figures["plan"]["checkpoint_bytes"] == figures["run"]["checkpoint_bytes"]
     assert len(figures["errors"]) == 4 and 0 < figures["text"]["kl_divergence"] < 1
     assert "KL divergence" in capsys.readouterr().out
+
+
+def test_planted_outliers_cost_mixed_and_not_rosaq(model, text_file, tmp_path, monkeypatch):
+    run(monkeypatch, "planted_outliers.py", model, tmp_path / "planted", "--spread", 1.5)
+    ids, errors, sizes = torch.arange(40).view(2, 20), {}, dict(bits=3, group_size=64, salient=16, salient_per_head=4, down_scaling="none")
+
+    def logits(folder):
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+    wanted = logits(model)
+    assert (logits(tmp_path / "planted") - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    for folder in (model, tmp_path / "planted"):
+        for name in ("mixed", "rosaq-paper"):
+            place = tmp_path / f"{name}-{folder.name}"
+            quantize(str(folder), place, load_recipe(name).replace(**sizes), Calibration(str(text_file), 4, 32), "cpu")
+            errors[name, folder.name] = float((logits(place) - wanted).norm() / wanted.norm())
+    assert errors["mixed", "planted"] > 1.3 * errors["mixed", "model"], errors
+    assert errors["rosaq-paper", "planted"] == pytest.approx(errors["rosaq-paper", "model"], rel=0.05), errors
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "chat.py"])

@@ -73,6 +73,7 @@ def command(model, output, *more, recipe="rosaq-paper"):
 
 
 GPTQ = dict(bits=3, group_size=16, salient=16, salient_per_head=4, salient_down=16, rounding="gptq")
+FULL = dict(clipping="mse", refinement=2, token_weights="gradient")
 NONE_SALIENT = dict(bits=3, group_size=16, salient=0, salient_per_head=0)
 LEARNED = dict(rotation="learned", head_rotation="learned", learning_steps=2, learning_rate=1.5, clipping="awq", down_scaling="none")
 ONLINE = dict(down_rotation="hadamard", rounding="gptq", act_order="true")
@@ -99,7 +100,7 @@ def whole(rosaq, model, tmp_path_factory):
     """What an uninterrupted run gives, and how many disk operations it takes: by recipe."""
     folder, found = tmp_path_factory.mktemp("whole"), {}
     awq = toml(model, "awq", **NONE_SALIENT, rotation="none", head_rotation="none", scaling="awq", clipping="awq")
-    for recipe in ("rosaq-paper", toml(model, "small", **GPTQ), toml(model, "learned", **NONE_SALIENT, **LEARNED, **ONLINE), awq):
+    for recipe in ("rosaq-paper", toml(model, "small", **GPTQ, **FULL), toml(model, "learned", **NONE_SALIENT, **LEARNED, **ONLINE), awq):
         done = rosaq(*command(model, folder / f"{recipe}".replace("/", "-"), recipe=recipe))
         assert done["codes"] == [0], done["errors"]
         output = folder / f"{recipe}".replace("/", "-")

@@ -10,6 +10,7 @@ import torch
 
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
+from rosaq.packing import unpack
 from rosaq.rounding.linear import NEAREST, Rounding, quantize_linear, quantize_stacked
 
 GPTQ, ACT_ORDER = Rounding(gptq=True), Rounding(gptq=True, act_order=True)
@@ -99,7 +100,9 @@ def test_act_order_keeps_the_layout_plain():
     assert not torch.equal(ours["qweight"], nearest["qweight"])
 
 
-@pytest.mark.parametrize("rounding", [NEAREST, GPTQ, ACT_ORDER, Rounding(clipped=True)])
+@pytest.mark.parametrize(
+    "rounding", [NEAREST, GPTQ, ACT_ORDER, Rounding(clipping="awq"), Rounding(clipping="mse"), Rounding(gptq=True, clipping="mse", refinement=2)]
+)
 def test_layers_rounded_together_are_as_if_alone(rounding):
     layouts, x = [LinearLayout(n, 64, 4, 16, salient=16) for n in (8, 24)], correlated(500, 64)
     weights = [torch.randn(form.out_features, 64, generator=torch.Generator().manual_seed(form.out_features)) for form in layouts]
@@ -109,6 +112,48 @@ def test_layers_rounded_together_are_as_if_alone(rounding):
         assert torch.equal(ours["scales"], alone["scales"])
         got, wanted = dequantize(layout, ours), dequantize(layout, alone)
         assert float((got - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def loss(weight, layout, moment, rounding):
+    error = dequantize(layout, quantize_linear(weight, layout, None, moment, rounding)).double() - weight.double()
+    return float(((error @ moment.double()) * error).sum())
+
+
+@pytest.mark.parametrize(("blocks", "salient", "group"), [(1, 0, 32), (1, 16, 48), (4, 4, 16)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_refinement_lowers_the_loss(blocks, salient, group, act_order):
+    layout, x = LinearLayout(48, 128, 3, group, blocks, salient), correlated(2000, 128)
+    moment, weight = x.T @ x / len(x), torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
+    found = [loss(weight, layout, moment, Rounding(gptq=True, act_order=act_order, refinement=sweeps)) for sweeps in (0, 1, 3)]
+    assert found[1] < 0.95 * found[0] and found[2] <= found[1]
+
+
+def test_no_single_code_is_better_after_refinement():
+    """Coordinate descent ends where no code moved alone lowers the loss (damping included)."""
+    layout, x = LinearLayout(4, 32, 3, 16), correlated(500, 32)
+    moment, weight = x.T @ x / len(x), torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    stored = quantize_linear(weight, layout, None, moment, Rounding(gptq=True, refinement=30))
+    got, damping = dequantize(layout, stored).double(), 0.01 * moment.diagonal().mean() * torch.eye(32)
+    moment = (moment + damping).double()
+    lost = lambda w: ((w - weight) @ moment * (w - weight)).sum(1)  # noqa: E731
+    steps = stored["scales"].double()[:, layout.column_groups()]
+    codes = unpack(stored["qweight"], 3, 32)
+    for channel in range(32):
+        for step in (-1, 1):
+            moved = got.clone()
+            moved[:, channel] += step * steps[:, channel]
+            allowed = (codes[:, channel] + step >= 0) & (codes[:, channel] + step <= 7)
+            assert (lost(moved)[allowed] > lost(got)[allowed] - 1e-4).all()
+
+
+def test_a_searched_range_loses_less_than_the_whole_one_where_a_weight_stands_out():
+    layout, x = LinearLayout(32, 128, 3, 64), correlated(2000, 128)
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    weight[:, ::64] *= 3
+    moment = x.T @ x / len(x)
+    for gptq in (False, True):
+        whole, searched = (loss(weight, layout, moment, Rounding(gptq=gptq, clipping=clipping)) for clipping in ("none", "mse"))
+        assert searched < 0.9 * whole
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -15,7 +15,7 @@ import typer
 from rosaq_cli.app import EPILOG, app
 from test_cli import cli  # noqa: F401  (a fixture)
 
-UNITS = ("Bits", "Channels", "channels", "indow", "Token", "token", "Seed", "Pass", "Factor", "Use ", "GPUs", "Runs", "GiB", "blocks")
+UNITS = ("Bits", "Channels", "channels", "indow", "Token", "token", "Seed", "Pass", "Factor", "Use ", "GPUs", "Runs", "GiB", "blocks", "Processes")
 PROGRAM = [sys.executable, "-c", "from rosaq_cli.app import main; main()"]  # without torch
 
 

@@ -1,6 +1,7 @@
 """Recipes: shipped ones load, unknown keys and impossible values do not, plans count every stored bit."""
 
 import dataclasses
+from importlib.resources import files
 
 import pytest
 from hypothesis import given
@@ -36,6 +37,10 @@ def test_shipped_recipes_load_and_describe_themselves():
         (dict(act_order=True), "it needs rounding 'gptq'"),
         (dict(sink_weight=0, rounding="gptq"), "sink_weight is 0; it must be 1 or more"),
         (dict(sink_weight=16), "sink_weight is 16; it needs rounding 'gptq'"),
+        (dict(token_weights="gradient"), "token_weights 'gradient' needs rounding 'gptq'"),
+        (dict(token_weights="gradient", rounding="gptq", sink_weight=4), "and sink_weight 1"),
+        (dict(refinement=-1), "refinement is -1; it must be 0 or more"),
+        (dict(refinement=2), "refinement is 2; it goes over GPTQ's codes, so it needs rounding 'gptq'"),
         (dict(act_order=1), "act_order is 1; it must be of type bool"),
         (dict(seed=-1), "seed is -1; it must be 0 or more"),
         (dict(selection="magnitude"), "selection by magnitude is made in the model's own basis"),
@@ -82,6 +87,13 @@ def test_bits_per_weight_by_hand():
     wanted = (residual * sizes[0] + attention * sizes[1] + down * sizes[2]) / sum(sizes)
     assert make_plan(load_recipe("rosaq-paper"), LLAMA2_7B).bits_per_weight == pytest.approx(wanted, rel=1e-12)
     assert round(wanted, 2) == 4.66
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_file_states_its_bits(name):
+    four, three = (make_plan(load_recipe(name).replace(bits=bits), LLAMA2_7B).bits_per_weight for bits in (4, 3))
+    line = f"# Bits per weight (Llama-2-7B, all that is stored): {four:.2f} at INT4, {three:.2f} at INT3.\n"
+    assert line in (files("rosaq") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def test_a_rotation_per_layer_pays_for_itself():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import SIZES, random_model, tokenizer
 from rosaq.clock import no_progress
 from rosaq.evaluation.tasks import CSR, MMLU, MMLU_CATEGORIES, TASKS, HarnessTasks, chosen_tasks
-from rosaq.evaluation.zeroshot import check_zero_shot, zero_shot
+from rosaq.evaluation.zeroshot import Suite, check_zero_shot, zero_shot
 from test_cli import run
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -145,6 +145,17 @@ def test_the_same_as_the_harness_with_its_own_wrapper(context, data):
     assert len(ours) == len(theirs) == 3 * (2 + 2 + 4 + 5) + 114 * 4
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert [chance for chance, _ in ours] == pytest.approx([chance for chance, _ in theirs], abs=2e-4, rel=1e-5)
+
+
+def test_a_suite_reads_and_tokenizes_once_for_all_models(knowing, data, monkeypatch):
+    words, calls = tokenizer(), []
+    real = type(words).__call__
+    monkeypatch.setattr(type(words), "__call__", lambda self, text, **options: calls.append(text) or real(self, text, **options))
+    suite, other = Suite(("csr", "mmlu"), words, data), bigram_model(torch.zeros(SIZES["vocab_size"], SIZES["vocab_size"]))
+    first, indifferent, second = suite.run(knowing, limit=3), suite.run(other, limit=3), suite.run(knowing, limit=3)
+    assert len([text for text in calls if isinstance(text, list)]) == 1 and max(map(len, calls)) > 100
+    assert first == second == zero_shot(knowing, tokenizer(), ("csr", "mmlu"), data, limit=3)
+    assert indifferent == zero_shot(other, tokenizer(), ("csr", "mmlu"), data, limit=3) and indifferent != first
 
 
 def test_limit(knowing, data):

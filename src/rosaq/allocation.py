@@ -1,7 +1,8 @@
 """Bits where they count: the form of every site of every block that loses least at no more than so many bits per weight.
 
-A site's loss in a form is what its outputs' error does to the model's predictions (`sensitivity.py`), with the error that
-rounding is expected to make (`rounding/expected.py`): KL ~ sum over layers of sensitivity E tr(dW M dW^T) / tr(W M W^T).
+A site's loss in a form is what its outputs' error does to the model's predictions: KL ~ sum over layers of tr(dW M dW^T) / 2,
+M the second moment of the site's inputs, each token counted by what its errors cost (`sensitivity.py`), with the error dW
+that rounding is expected to make (`rounding/expected.py`).
 The choice is the Lagrangian one: all sites go along the convex hulls of their losses against their bits, steepest step
 first, until no step fits (Shoham & Gersho, 1988, https://doi.org/10.1109/29.90373). Layers that are computed as one (q, k,
 v; gate, up) are a site, so they stay of one form.
@@ -21,11 +22,10 @@ from rosaq.moments import Flow, collect_moments
 from rosaq.plan import block_linears, site_bits, site_options
 from rosaq.recipe import SiteForm
 from rosaq.rounding.expected import channel_weights, expected_loss
-from rosaq.sensitivity import output_sensitivity
+from rosaq.sensitivity import token_weights
 from rosaq.statistics import Statistics, compute_dtype
 
-MOMENT_TOKENS = 1 << 16  # of the calibration text that second moments are taken from
-GRADIENT_TOKENS = 1 << 14  # and gradients, for which the inputs of all blocks are kept
+TOKENS = 1 << 16  # of the calibration text that is looked at
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Option:
 def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -> str:
     """The allocation of a recipe with `target_bits`, as `Recipe.allocation` has it.
 
-    Two more passes over a part of the calibration text, one of them backward; one block in memory at a time.
+    Two more passes over a part of the calibration text, one of them backward unless the flow has its tokens' weights already; one
+    block in memory at a time.
 
     Args:
         job: of the recipe without an allocation.
@@ -56,11 +57,12 @@ def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -
     """
     source, flow = job.source, replace(flow, start=0, ranks=ALONE)
     dtype, windows = compute_dtype(source, job.device), statistics.windows
-    counts = [max(1, tokens // windows.shape[1]) for tokens in (GRADIENT_TOKENS, MOMENT_TOKENS)]
-    sensitivity = output_sensitivity(source, windows[: counts[0]], job.device, dtype, job.bases.residual, flow, progress)
+    windows = windows[: max(1, TOKENS // windows.shape[1])]
+    if flow.weights is None:
+        flow = replace(flow, weights=token_weights(source, windows, job.device, dtype, flow, progress))
     sites: list[list[Option]] = []
-    for index, moments in enumerate(collect_moments(source, windows[: counts[1]], job.device, dtype, flow)):
-        sites += _block_options(job, index, statistics, moments, sensitivity[index])
+    for index, moments in enumerate(collect_moments(source, windows, job.device, dtype, flow)):
+        sites += _block_options(job, index, statistics, moments)
         del moments  # so that they are not held while the next block runs
         progress("allocation", index + 1, source.architecture.layers)
     forms = [str(option.form) for option in choose(sites, _budget(job))]
@@ -75,9 +77,7 @@ def _budget(job: Job) -> int:
     return int(job.recipe.target_bits * weights) - beside
 
 
-def _block_options(
-    job: Job, index: int, statistics: Statistics, moments: dict[str, torch.Tensor], sensitivity: dict[str, float]
-) -> list[list[Option]]:
+def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[str, torch.Tensor]) -> list[list[Option]]:
     """The options of one block's sites."""
     recipe, a = job.recipe, job.source.architecture
     given = moments if recipe.needs_moments else {}
@@ -88,16 +88,13 @@ def _block_options(
         order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
         moment_KK = moment_KK[order][:, order]
         weights_K = channel_weights(moment_KK, layout, recipe.rounding == "gptq")
-        shares = {}
-        for role in SITES[site]:
-            weight_NK = prepared.block[f"{LINEARS[role]}.weight"][:, order]
-            signal = ((weight_NK.double() @ moment_KK.double()) * weight_NK.double()).sum().clamp_min(torch.finfo(torch.float64).tiny)
-            shares[role] = weight_NK, sensitivity[role] / float(signal)
+        weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         options = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
-            loss = sum(share * expected_loss(weight_NK, linears[role], weights_K, moment_KK) for role, (weight_NK, share) in shares.items())
+            stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
+            loss = expected_loss(weight_NK, stacked, weights_K, moment_KK, recipe.clipping == "mse") / 2
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found

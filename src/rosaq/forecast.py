@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rosaq.allocation import GRADIENT_TOKENS, MOMENT_TOKENS
+from rosaq.allocation import TOKENS
 from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, no_progress
@@ -24,14 +24,16 @@ from rosaq.moments import BATCH_TOKENS, SAMPLED_TOKENS
 from rosaq.plan import Plan, make_plan, site_options
 from rosaq.rates import DISK, Rates, measure_rates
 from rosaq.recipe import Recipe
-from rosaq.rounding.clipping import SHARES, UNCLIPPED
+from rosaq.rounding.clipping import SHARES, SHRUNK, UNCLIPPED
 from rosaq.rounding.scaling import STEPS
 from rosaq.run import Means, Run
+from rosaq.sensitivity import LOGITS_BYTES, held_states
 from rosaq.skeleton import meta_model
 from rosaq.source import Source, is_hub_id, open_source, read_hub_config
 from rosaq.statistics import check_length, compute_dtype
 
 REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that blocks reach; cuda: an estimate
+BACKWARD = 4  # times a pass forward: once forward, once more for the inputs, and back
 EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
 EIGEN_RATE = 0.2
 COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel
@@ -51,7 +53,7 @@ class Forecast:
         bits_per_weight: of the decoder's linear layers; at most, where the recipe has a target, like the next.
         checkpoint_bytes: of all tensors.
         original_bytes: of the same model in FP16.
-        activations_bytes: hidden states of all calibration windows.
+        activations_bytes: hidden states of all calibration windows, those of several blocks where gradients are taken.
         activations: where they will be: "device", "host" or "disk".
         host_bytes: of this process at its peak, the activations included where they are on the host.
         host_available_bytes: what the machine has free, or `Means.max_memory`.
@@ -130,11 +132,14 @@ def forecast(
     a, plan, cuda = source.architecture, _targeted(make_plan(recipe, source.architecture, source.biases()), recipe, source), device.startswith("cuda")
     run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
     windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")
-    work, place = run.work(windows), run.flow(windows, means, Path()).place
+    states = held_states(a.layers) if run.backward else 1
+    work, place = run.work(windows, states), run.flow(windows, means, Path(), states).place
     free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
     rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
     on_host = work.host + (work.activations if place == "host" else 0)
     beside = kept_bytes(a, recipe, compute_dtype(source, device).itemsize) + (work.activations if place == "disk" else 0)
+    if recipe.token_weights == "gradient":
+        beside += 4 * windows.numel() * a.layers * len(SITES)
     return Forecast(
         source.name, recipe.name, torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
@@ -178,6 +183,10 @@ def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
     whole = recipe.needs_moments or recipe.target_bits > 0
     sums = 8 * sum(a.width(site) ** 2 for site in SITES) if whole else 8 * 2 * a.hidden**2
     running = weights * (2 + 4 + 2) + sums + tokens * 2 * (6 * a.hidden + 3 * a.intermediate)
+    if recipe.token_weights == "gradient" or recipe.target_bits > 0:  # what a block keeps for its backward pass, and the logits of some tokens
+        running = max(
+            running, weights * (2 + 4 + 2) + tokens * 2 * (18 * a.hidden + 7 * a.intermediate), 2 * 4 * a.vocabulary * a.hidden + 5 * LOGITS_BYTES
+        )
     rounding = weights * (2 + 4 + 4 + 4) + (2 * sums if whole else 0) + 4 * 4 * a.hidden * a.intermediate
     table = 4 * 3 * 4096 * a.hidden + 2 * a.vocabulary * a.hidden
     model = 0
@@ -207,6 +216,8 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
         each = 2 * min(SAMPLED_TOGETHER, calibration.samples) * (sum(weights.values()) * a.layers + a.vocabulary * a.hidden)
         seconds["text"] = steps * (each / product + a.layers * LAYER_LAUNCHES / rates.launches)
     seconds["activations"] = a.layers * (run + tokens * 2 * (2 * a.hidden**2 + attention * a.head_size) / product)
+    if recipe.token_weights == "gradient":
+        seconds["gradients"] = a.layers * BACKWARD * run
     if recipe.target_bits and not recipe.allocation:
         seconds["allocation"] = a.layers * _allocation(a, recipe, calibration.seq_len, product, rates)
     if recipe.needs_moments:
@@ -253,12 +264,13 @@ def _preparing(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: 
 
 
 def _allocation(a: Architecture, recipe: Recipe, seq_len: int, product: float, rates: Rates) -> float:
-    """Of one block: gradients of some of the text, second moments of more, and the expected loss of every form."""
+    """Of one block: second moments of some of the text, gradients of it if they are not there, and the expected loss of every form."""
     weights = sum(_weights(a).values())
     forward = 2 * weights + 4 * seq_len * a.width("attn_out")
-    moments = MOMENT_TOKENS * (forward + 2 * sum(a.width(site) ** 2 for site in SITES))
+    passes = 1 if recipe.token_weights == "gradient" else 1 + BACKWARD
     forms = max(len(options) for options in site_options(recipe).values())
-    return (GRADIENT_TOKENS * 3 * forward + moments) / product + forms * weights / rates.fitted
+    fits = forms * (len(SHRUNK) if recipe.clipping == "mse" else 1)
+    return TOKENS * (passes * forward + 2 * sum(a.width(site) ** 2 for site in SITES)) / product + fits * weights / rates.fitted
 
 
 def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:
@@ -267,13 +279,16 @@ def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: f
     if recipe.clipping == "awq":
         searched = sum(size for role, size in weights.items() if role not in UNCLIPPED)
         seconds += len(SHARES) * searched * (1 / rates.fitted + 2 * recipe.group_size / exact)
+    if recipe.clipping == "mse":
+        seconds += len(SHRUNK) * sum(weights.values()) / rates.fitted
     if recipe.rounding == "gptq":
-        for role, size in weights.items():
+        for role, size in weights.items():  # a sweep is as GPTQ is; each fit of the scales is two products with the moment
             width = a.width(SITE_OF[role])
-            seconds += size * (width + 2 * recipe.group_size) / exact
+            fits = 2 * (1 + recipe.refinement) if recipe.refinement else 0
+            seconds += size * ((1 + recipe.refinement + 2 * fits) * width + 2 * recipe.group_size) / exact
         for site in SITES:
             width = a.width(site)
-            seconds += 4 * width**3 / exact + COLUMN_LAUNCHES * width / rates.launches
+            seconds += 4 * width**3 / exact + (1 + recipe.refinement) * COLUMN_LAUNCHES * width / rates.launches
     return seconds
 
 

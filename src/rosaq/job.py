@@ -129,10 +129,10 @@ def _round_block(prepared: PreparedBlock, moments: dict[str, torch.Tensor], job:
     recipe, linears, stored = job.recipe, job.plan.blocks[index], {}
     for site, roles in SITES.items():
         order = prepared.orders[site].to(job.device) if site in prepared.orders else None
-        for clipped, together in itertools.groupby(roles, lambda role: recipe.clipping == "awq" and role not in UNCLIPPED):
+        for clipped, together in itertools.groupby(roles, lambda role: recipe.clipping != "awq" or role not in UNCLIPPED):
             modules = {LINEARS[role]: linears[role] for role in together}
             weights = [prepared.block[f"{module}.weight"] for module in modules]
-            rounding = Rounding(recipe.rounding == "gptq", recipe.act_order, clipped)
+            rounding = Rounding(recipe.rounding == "gptq", recipe.act_order, recipe.clipping if clipped else "none", recipe.refinement)
             try:
                 layers = quantize_stacked(weights, list(modules.values()), order, moments.get(site), rounding)
             except ValueError as error:

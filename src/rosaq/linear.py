@@ -45,7 +45,8 @@ class RosaqLinear(nn.Linear):
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self._prepared: dict[torch.dtype, tuple[ModuleType, Any]] = {}
-        self._allowed: tuple[str, ...] | None = None
+        self.allowed_kernels: tuple[str, ...] | None = None
+        self.joined: Any = None  # engines.joined.JoinedLayers: the layers that take the same input
         for name, (shape, dtype) in layout.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         for name in ("weight",) if layout.bias else ("weight", "bias"):
@@ -53,6 +54,10 @@ class RosaqLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product (..., N) in the type of x."""
+        return self.alone(x) if self.joined is None else self.joined.product(self, x)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The product by this layer's own weight, whichever layers it is joined with."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return torch.ops.rosaq.linear(x, self.number, self.in_features, self.out_features)
         return self._product(x)
@@ -85,7 +90,7 @@ class RosaqLinear(nn.Linear):
         """Choose the kernel for activations of `dtype` and make the form of the weight that it reads, once."""
         if dtype not in self._prepared:
             tensors = self.tensors()
-            kernel = kernels.choose(self.layout, tensors["qweight"].device, dtype, self._allowed)
+            kernel = kernels.choose(self.layout, tensors["qweight"].device, dtype, self.allowed_kernels)
             self._prepared[dtype] = (kernel, kernel.prepare(self.layout, tensors, dtype))
         return self._prepared[dtype]
 
@@ -100,6 +105,8 @@ class RosaqLinear(nn.Linear):
         Returns:
             Name of the kernel that will run.
         """
+        if self.joined is not None and not free and (joined := self.joined.build(dtype)) is not None:
+            return str(joined.repack(dtype))
         kernel, _ = self.prepare(dtype)
         if free:
             for name in self.layout.tensors():
@@ -108,8 +115,14 @@ class RosaqLinear(nn.Linear):
 
     def allow_kernels(self, names: Sequence[str] | None) -> None:
         """Choose among these kernels only (None: all)."""
-        self._allowed = None if names is None else tuple(names)
+        self.allowed_kernels = None if names is None else tuple(names)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of the stored tensors."""
         self._prepared.clear()
+        if self.joined is not None:
+            self.joined.clear()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RosaqLinear":
         """Move the buffers, but keep their types: `.to(dtype)` is about activations, the checkpoint's types are the format's."""
@@ -118,23 +131,23 @@ class RosaqLinear(nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._prepared.clear()
+        self._forget()
         return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load, then forget what was prepared from the old values."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._prepared.clear()
+        self._forget()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Forget what was prepared when a stored tensor is replaced (loaders assign buffers one by one)."""
         super().__setattr__(name, value)
         if name in self.__dict__.get("_buffers", ()):
-            self._prepared.clear()
+            self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without prepared weights: they belong to one device and one process."""
-        return {**self.__dict__, "_prepared": {}}
+        """Copy and pickle without prepared weights, which belong to one device and one process, and without the layers beside it."""
+        return {**self.__dict__, "_prepared": {}, "joined": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a layer of its own."""

@@ -35,6 +35,7 @@ class Flow:
         folder: for "disk".
         clock: takes the times of "reading" (waiting for a block's weights) and of whoever iterates.
         sink_weight: how many times each window's first token counts in whole second moments; see `Recipe`.
+        weights: how much each token of all windows (S, T) counts in them, of each block by site; None: one each.
     """
 
     start: int = 0
@@ -43,6 +44,7 @@ class Flow:
     folder: Path | None = None
     clock: Clock = field(default_factory=Clock)
     sink_weight: int = 1
+    weights: list[dict[str, torch.Tensor]] | None = None
 
 
 @dataclass
@@ -130,13 +132,17 @@ class _SiteSums:
 
 
 class _MomentSum:
-    """Sum over batches of one site's whole second moment."""
+    """Sum over batches of one site's whole second moment, each token counted by its weight, of this rank's windows."""
 
-    def __init__(self, site: str, a: Architecture, windows: torch.Size, device: str, sink_weight: int) -> None:
+    def __init__(self, site: str, a: Architecture, windows: torch.Size, device: str, sink_weight: int, weights: torch.Tensor | None) -> None:
         self.tokens, self.window, self.again = windows.numel(), windows[1], sink_weight - 1
+        self.roots, self.seen = None if weights is None else weights.flatten().sqrt().to(device), 0
         self.second = torch.zeros(a.width(site), a.width(site), dtype=torch.float64, device=device)
 
     def add(self, x_TK: torch.Tensor) -> None:
+        if self.roots is not None:
+            x_TK = (x_TK * self.roots[self.seen : self.seen + len(x_TK), None]).to(x_TK.dtype)
+            self.seen += len(x_TK)
         self.second += second_moment(x_TK)
         if self.again:  # a batch is whole windows
             self.second += self.again * second_moment(x_TK[:: self.window].contiguous())
@@ -203,8 +209,9 @@ def collect_moments(
     """
     flow = flow or Flow()
 
-    def make(_: int, site: str, first: int) -> _MomentSum:
-        return _MomentSum(site, source.architecture, windows.shape, device, flow.sink_weight)
+    def make(index: int, site: str, first: int) -> _MomentSum:
+        weights = None if flow.weights is None else flow.weights[index][site][first:]
+        return _MomentSum(site, source.architecture, windows.shape, device, flow.sink_weight, weights)
 
     for _, moments in run_blocks(source, windows, device, dtype, make, flow):
         if moments is not None:

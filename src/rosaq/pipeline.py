@@ -25,11 +25,13 @@ from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.results import Results, block_part, checkpoint_parts
 from rosaq.run import Means, Report, Run
+from rosaq.sensitivity import held_states, token_weights
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, calibration_record, measure_durably
+from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably
 from rosaq.workfolder import WorkFolder, check_destination
 
 LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
+WEIGHTS = "token-weights"  # record of what each token counts, where the recipe wants gradients
 ALLOCATION = "allocation-found"  # record of the forms of all sites, where the recipe has a target
 
 
@@ -87,23 +89,32 @@ def quantize(
                 work.publish()
         else:
             flow = run.flow(windows, means, work.path)
+            backward = run.flow(windows, means, work.path, held_states(source.architecture.layers)) if run.backward else flow
             measured = calibration if isinstance(calibration, Statistics) else None
-            report = _make(run, work, flow, settings, measured or windows)
+            report = _make(run, work, (flow, backward), settings, measured or windows)
             report.activations = flow.place
     report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
 
 
-def _make(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], calibration: Statistics | torch.Tensor) -> Report:
-    """The stages, each durable: measure, rotate, allocate where there is a target, round, write."""
+def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[str, Any], calibration: Statistics | torch.Tensor) -> Report:
+    """The stages, each durable: measure, rotate, take gradients, allocate where there is a target, round, write.
+
+    The second flow is of passes backward.
+    """
     first, waits = run.ranks.first, run.recipe.target_bits and not run.recipe.allocation
+    flow, backward = flows
     results = None if waits else _laid_out(run, work)
     statistics = calibration if isinstance(calibration, Statistics) else _measured(run, work, flow, settings, calibration)
     with run.clock("learning" if run.recipe.rotation == "learned" else "rotation"):
         job = _make_job(run, work, statistics)
+    if run.recipe.token_weights == "gradient":
+        with run.clock("gradients"):
+            weights = _token_weights(run, work, backward, statistics)
+            flow, backward = replace(flow, weights=weights), replace(backward, weights=weights)
     if results is None:
         with run.clock("allocation"):
-            run = run.allocated(_allocation(run, work, job, flow, statistics))
+            run = run.allocated(_allocation(run, work, job, backward, statistics))
             job, results = replace(job, recipe=run.recipe, plan=run.plan), _laid_out(run, work)
     report = run.report(settings, statistics.windows)
     report.learning = job.bases.learning
@@ -147,6 +158,21 @@ def _allocation(run: Run, work: WorkFolder, job: Job, flow: Flow, statistics: St
             found = {"allocation": allocate(job, statistics, flow, run.progress)}
             work.note(ALLOCATION, found)
     return str(run.ranks.agree(found)["allocation"])
+
+
+def _token_weights(run: Run, work: WorkFolder, flow: Flow, statistics: Statistics) -> list[dict[str, torch.Tensor]]:
+    """What each token counts, found by all ranks together, or by an earlier go."""
+    if run.ranks.agree(statistics.weights is None and work.has(WEIGHTS)):
+        statistics.weights = [{} for _ in range(run.source.architecture.layers)]
+        for name, weights in work.load(WEIGHTS).items():
+            statistics.weights[int(name.split(".")[0])][name.split(".")[1]] = weights
+    elif run.ranks.agree(statistics.weights is None):
+        dtype = compute_dtype(run.source, run.device)
+        statistics.weights = token_weights(run.source, statistics.windows, run.device, dtype, flow, run.progress)
+        if run.ranks.first:
+            work.save(WEIGHTS, {f"{index:05d}.{site}": each for index, sites in enumerate(statistics.weights) for site, each in sites.items()})
+    assert statistics.weights is not None
+    return statistics.weights
 
 
 def _pictures(job: Job, statistics: Statistics) -> Pictures:

@@ -23,8 +23,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "selection": ("eigenvalue", "bottom", "random", "top-bottom", "magnitude"),
     "scaling": ("none", "awq"),
     "down_scaling": ("none", "awq"),
-    "clipping": ("none", "awq"),
+    "clipping": ("none", "awq", "mse"),
     "rounding": ("nearest", "gptq"),
+    "token_weights": ("equal", "gradient"),
     "embedding_bits": ("auto", "8", "16"),
 }
 ABSORBED = ("global", "hadamard", "random", "learned")  # rotations of the whole residual stream, nothing left at run time
@@ -81,7 +82,8 @@ class Recipe:
             attn_out, absorbed by W_V. It takes a second pass over the calibration text.
         down_scaling: "awq": per-channel scaling of W_down's input, absorbed by W_up.
         clipping: "awq": the range of each group's grid is searched below the group's largest weight, in all layers
-            but q and k, as AWQ has it. It takes a second pass over the calibration text.
+            but q and k, as AWQ has it. "mse": the range is searched for the least squared error of its weights, in all layers;
+            each channel counts by GPTQ's conditional variance, or by its second moment. Both take a second pass over the calibration text.
         salient_down: channels of the feed-forward network that stay precise at mlp_out, those of the largest mean |x|.
             Putting them first is absorbed by W_gate and W_up.
         rounding: "nearest", or "gptq": error feedback by the second moment of the inputs, with the salient channels
@@ -90,6 +92,10 @@ class Recipe:
             rotation unties a tied table and the checkpoint would not stay under half of the FP16 file.
         act_order: GPTQ rounds the channels of largest second moment first. The groups stay consecutive channels, with
             grids fitted beforehand, so nothing changes at run time.
+        refinement: sweeps of coordinate descent over the codes behind GPTQ, with all scales fitted by least squares before each
+            and at the end (`rounding/refinement.py`); 0: none of it.
+        token_weights: how much each calibration token counts in the moments that GPTQ and AWQ's searches look at. "equal": alike.
+            "gradient": by how much the loss feels an error there (`sensitivity.py`), which takes a pass backward through the model.
         sink_weight: how many times the first token of each calibration window counts in the moments that GPTQ and AWQ's searches look
             at, of the inputs of all sites. All later tokens attend to it (an attention sink), so its errors cost more than another's.
         down_rotation: "hadamard": W_down's input is multiplied by a Hadamard matrix at run time (R4 of QuaRot and
@@ -125,6 +131,8 @@ class Recipe:
     rounding: str = "nearest"
     embedding_bits: str = "auto"
     act_order: bool = False
+    refinement: int = 0
+    token_weights: str = "equal"
     sink_weight: int = 1
     down_rotation: str = "none"
     learning_steps: int = 0
@@ -142,7 +150,7 @@ class Recipe:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
-        for name in ("salient", "salient_per_head", "salient_down", "seed"):
+        for name in ("salient", "salient_per_head", "salient_down", "refinement", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
         if self.sink_weight < 1:
@@ -217,13 +225,20 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: scaling 'awq' is absorbed by norms and W_V, which a rotation at run time keeps from it")
         if self.act_order and self.rounding != "gptq":
             raise ValueError(f"recipe {self.name!r}: act_order is an order of GPTQ's rounding; it needs rounding 'gptq'")
+        if self.refinement and self.rounding != "gptq":
+            raise ValueError(f"recipe {self.name!r}: refinement is {self.refinement}; it goes over GPTQ's codes, so it needs rounding 'gptq'")
+        if self.token_weights == "gradient" and (self.sink_weight > 1 or not self.needs_moments):
+            raise ValueError(
+                f"recipe {self.name!r}: token_weights 'gradient' needs rounding 'gptq', scaling 'awq' or a clipping, and sink_weight 1, "
+                "since it weighs sinks too"
+            )
         if self.sink_weight > 1 and not self.needs_moments:
-            raise ValueError(f"recipe {self.name!r}: sink_weight is {self.sink_weight}; it needs rounding 'gptq', or scaling or clipping 'awq'")
+            raise ValueError(f"recipe {self.name!r}: sink_weight is {self.sink_weight}; it needs rounding 'gptq', scaling 'awq' or a clipping")
 
     @property
     def needs_moments(self) -> bool:
         """Whether whole second moments of all sites are needed, a second pass over the calibration text."""
-        return self.rounding == "gptq" or "awq" in (self.scaling, self.clipping) or self.head_rotation == "concatenated"
+        return self.rounding == "gptq" or self.scaling == "awq" or self.clipping != "none" or self.head_rotation == "concatenated"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rosaq.architecture import SITES
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, Progress
 from rosaq.distributed import Ranks
@@ -14,6 +15,7 @@ from rosaq.memory import Work, estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe
+from rosaq.sensitivity import LOGITS_BYTES
 from rosaq.source import Source
 from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
@@ -112,18 +114,32 @@ class Run:
         record, device = calibration_record(kept, windows), torch.device(self.device).type
         return Report(self.recipe.to_dict(), record, device, *sizes, self.clock.seconds, model=self.source.public_name)
 
-    def work(self, windows: torch.Tensor) -> Work:
-        """Memory that a run over these windows takes; nothing but their shape is looked at."""
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are taken: by the recipe's token weights, or to find an allocation."""
+        return self.recipe.token_weights == "gradient" or (self.recipe.target_bits > 0 and not self.recipe.allocation)
+
+    def work(self, windows: torch.Tensor, states: int = 1) -> Work:
+        """Memory that a run over these windows takes, with so many hidden states of each; nothing but their shape is looked at."""
         dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
         mine = own_windows(windows, batch, self.ranks)
         tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
         moments = self.recipe.needs_moments or self.recipe.target_bits > 0
-        return estimate(self.source.architecture, self.device, dtype.itemsize, tokens, moments, learning)
+        found = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, moments, learning)
+        return replace(found, host=found.host + self._backward_bytes(windows), activations=states * found.activations)
 
-    def flow(self, windows: torch.Tensor, means: Means, folder: Path) -> Flow:
-        """How passes over these windows are run, by the memory there is."""
-        place = place_activations(self.work(windows), self.device, means.max_memory, means.max_device_memory)
+    def _backward_bytes(self, windows: torch.Tensor) -> int:
+        """Host memory that gradients take beside the activations: the tokens' weights, and on the CPU what a block keeps for its backward pass."""
+        a, batch = self.source.architecture, max(BATCH_TOKENS["cpu"], windows.shape[1])
+        if not self.backward:
+            return 0
+        found = 2 * 4 * windows.numel() * a.layers * len(SITES)
+        return found if self.device.startswith("cuda") else found + batch * (16 * a.hidden + 8 * a.intermediate) * 4 + 5 * LOGITS_BYTES
+
+    def flow(self, windows: torch.Tensor, means: Means, folder: Path, states: int = 1) -> Flow:
+        """How passes over these windows are run, by the memory there is, where so many hidden states of each are kept."""
+        place = place_activations(self.work(windows, states), self.device, means.max_memory, means.max_device_memory)
         return Flow(0, self.ranks, place, folder, self.clock, self.recipe.sink_weight)
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:

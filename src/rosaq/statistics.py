@@ -1,5 +1,6 @@
 """What calibration leaves: the sites' inputs, which any number of recipes can share, and where they came from."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ class Statistics:
         windows: token ids (S, T).
         residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
-        hold: keep the whole second moments that a recipe asked for last; see `moments_fit`.
+        weights: what an error counts at each token (`sensitivity.token_weights`), where a recipe has asked for it; filled by `quantize`.
+        hold: keep the whole second moments that recipes have asked for; see `moments_fit`.
     """
 
     record: dict[str, Any]
@@ -40,8 +42,28 @@ class Statistics:
     windows: torch.Tensor
     residual: torch.Tensor | None = None
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    weights: list[dict[str, torch.Tensor]] | None = None
     hold: bool = False
-    _held: tuple[int, list[dict[str, torch.Tensor]]] | None = field(default=None, repr=False)
+    _held: dict[tuple[int, bool], list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The record, the inputs and the windows as tensors by name, to be kept in a file."""
+        found = {"windows": self.windows.contiguous(), "record": torch.tensor(list(json.dumps(self.record).encode()), dtype=torch.uint8)}
+        for index, block in enumerate(self.inputs):
+            for site, kept in block.items():
+                found |= {f"{index}.{site}.{part}": tensor.contiguous() for part, tensor in vars(kept).items() if tensor is not None}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Statistics":
+        """What `tensors` gave."""
+        inputs: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
+        for name, tensor in tensors.items():
+            if name not in ("windows", "record"):
+                index, site, part = name.split(".")
+                inputs.setdefault(int(index), {}).setdefault(site, {})[part] = tensor
+        blocks = [{site: SiteInputs(**inputs[index][site]) for site in SITES} for index in sorted(inputs)]
+        return cls(json.loads(bytes(tensors["record"].tolist())), blocks, tensors["windows"])
 
     def residual_moment(self) -> torch.Tensor:
         """The moment (D, D) that one basis for the whole residual stream is taken from (`basis.ResidualSum`)."""
@@ -53,8 +75,9 @@ class Statistics:
         A pass over the text, unless they are held.
         """
         flow = flow or Flow()
-        if self._held is not None and self._held[0] == flow.sink_weight:
-            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[1][flow.start :])
+        kind = flow.sink_weight, flow.weights is not None
+        if kind in self._held:
+            yield from ({site: moment.to(device) for site, moment in moments.items()} for moments in self._held[kind][flow.start :])
             return
         if flow.start == source.architecture.layers:
             return
@@ -64,11 +87,12 @@ class Statistics:
                 held.append({site: moment.cpu() for site, moment in moments.items()})
             yield moments
             del moments  # so that they are not held while the next block runs
-        self._held = (flow.sink_weight, held) if hold else None
+        if hold:
+            self._held[kind] = held
 
 
 def moments_fit(source: Source) -> bool:
-    """Whether the whole second moments of all blocks take at most an eighth of the machine's memory."""
+    """Whether the whole second moments of all blocks, of one kind of weights, take at most an eighth of the machine's memory."""
     a = source.architecture
     wanted = 4 * a.layers * sum(a.width(site) ** 2 for site in SITES)
     return 8 * wanted <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,7 @@
 """`rosaq benchmark`: measurements against peers in the same run."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,7 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Channels that share a scale.", show_default="recipe's")] = None,
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Bits per weight to allocate.", show_default="recipe's")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, of random tokens.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
     warm: Annotated[bool, typer.Option("--warm", help="Let the model's files be in the operating system's cache.")] = False,
@@ -78,7 +80,7 @@ def quantize(
     from rosaq.recipe import load_recipe
     from rosaq.run import Means
 
-    chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head)
+    chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head, target_bits=target_bits)
     case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
     with joined(device) as own_device:
         first = current_ranks().first
@@ -124,6 +126,8 @@ def decode(
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that vLLM spreads a model over.")] = 1,
     repeats: Annotated[int, typer.Option(help="Runs of each pair.")] = 2,
     eager: Annotated[bool | None, typer.Option(help="vLLM without CUDA graphs and compiler.", show_default="on the CPU only")] = None,
+    at_once: Annotated[int, typer.Option(help="Processes that start together, which takes most of the time; they are timed in turn.")] = 1,
+    vllm_options: Annotated[str, typer.Option(help='More arguments of vLLM\'s LLM as JSON: {"attention_backend": "TRITON_ATTN"}.')] = "{}",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line for each case while they run.")] = False,
@@ -138,7 +142,8 @@ def decode(
     cuda = torch.cuda.is_available()
     chosen = load_recipe(recipe).replace(group_size=group_size)
     kind = dtype if dtype != "auto" else "float16" if cuda and kv_cache_dtype != "fp8" else "bfloat16"
-    settings = Settings(_pairs(pairs), kind, kv_cache_dtype, tensor_parallel, repeats, not cuda if eager is None else eager)
+    without_graphs = not cuda if eager is None else eager
+    settings = Settings(_pairs(pairs), kind, kv_cache_dtype, tensor_parallel, repeats, without_graphs, at_once, _options(vllm_options))
     if "vllm" in engine and not vllm_installed():
         raise ValueError("vLLM is not installed in this environment; install it (pip install 'rosaq[vllm]') or give --engine transformers")
 
@@ -156,6 +161,16 @@ def decode(
         _show_rows(result)
     if result["failures"]:
         raise ValueError(f"{len(result['failures'])} of the cases failed, as told above")
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"vllm-options {text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"vllm-options {text!r}; it is an object of names and values")
+    return found
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -41,3 +41,12 @@ def test_loses_what_the_loop_loses(layout: LinearLayout, act_order: bool) -> Non
     assert abs(loss / wanted_loss - 1) < 1e-3
     again = quantize_linear(weight, layout, None, moment, Rounding(gptq=True, act_order=act_order))
     assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_rounds_on_a_gpu_that_is_not_the_current_one() -> None:
+    layout, generator = LAYOUTS["plain"], torch.Generator().manual_seed(0)
+    weight = torch.randn(layout.out_features, layout.in_features, generator=generator)
+    moment = torch.eye(layout.in_features) + 0.1
+    first, second = (quantize_linear(weight.to(gpu), layout, None, moment.to(gpu), Rounding(gptq=True)) for gpu in ("cuda:0", "cuda:1"))
+    assert all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)

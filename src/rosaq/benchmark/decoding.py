@@ -2,7 +2,8 @@
 
 As many tokens are generated as are given. DecodeSpeed = 1 / median time per token, Throughput = DecodeSpeed x batch (ROSAQ Eq. 9, 10,
 arXiv:2506.13472). A case is a way of running a model: an engine and how the weights are stored. Each runs in a process of
-its own, one after the other, since an engine does not give back all of its memory. Peers have random weights of the same
+its own, since an engine does not give back all of its memory. Starting (compiling, capturing graphs) takes most of the time, so several
+cases may start together; they are always timed one after the other, while the others wait. Peers have random weights of the same
 shape, and so has rosaq unless a checkpoint is given: the time of a step does not depend on the values.
 """
 
@@ -13,7 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ class Settings:
         tensor_parallel: GPUs that vLLM spreads a model over.
         repeats: how often each pair is run; the median is taken over all steps.
         eager: no CUDA graphs and no compiler in vLLM.
+        at_once: how many cases start together; the device must hold them side by side.
+        vllm_options: further arguments of `vllm.LLM`, such as {"attention_backend": "TRITON_ATTN"}.
     """
 
     pairs: tuple[tuple[int, int], ...] = PAIRS
@@ -56,6 +60,8 @@ class Settings:
     tensor_parallel: int = 1
     repeats: int = 2
     eager: bool = False
+    at_once: int = 1
+    vllm_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what no engine can do."""
@@ -63,6 +69,8 @@ class Settings:
             raise ValueError(f"dtype {self.dtype!r}; allowed are float16, bfloat16")
         if self.kv_cache_dtype not in ("auto", "fp8"):
             raise ValueError(f"KV cache dtype {self.kv_cache_dtype!r}; allowed are auto, fp8")
+        if self.at_once < 1 or self.repeats < 1:
+            raise ValueError(f"at_once is {self.at_once} and repeats {self.repeats}; both are 1 or more")
         if not self.pairs or any(batch < 1 or tokens < 8 for batch, tokens in self.pairs):
             raise ValueError(f"batch/tokens pairs {self.pairs}; each needs a batch of 1 or more and 8 tokens or more")
 
@@ -135,12 +143,12 @@ def benchmark_decoding(
         raise ValueError(f"{model}: a context of {config.max_position_embeddings} tokens is too short for {longest}; give pairs of fewer tokens")
     with tempfile.TemporaryDirectory(prefix="rosaq-decode-") as scratch:
         timings: list[Timing] = []
-        for engine in engines:
-            for kind in weights:
-                if engine == "vllm" or kind not in PEERS:
-                    case = _case(engine, kind, model, recipe, settings, Path(scratch))
-                    timings.append(_time(case, settings, Path(scratch)))
-                    done(timings[-1], _result(model, recipe, settings, timings))
+        wanted = [(engine, kind) for engine in engines for kind in weights if engine == "vllm" or kind not in PEERS]
+        for first in range(0, len(wanted), settings.at_once):
+            cases = [_case(*case, model, recipe, settings, Path(scratch)) for case in wanted[first : first + settings.at_once]]
+            for timing in _timed(cases, settings, Path(scratch)):
+                timings.append(timing)
+                done(timing, _result(model, recipe, settings, timings))
     return _result(model, recipe, settings, timings)
 
 
@@ -198,24 +206,57 @@ def _case(engine: str, kind: str, model: str, recipe: Recipe, settings: Settings
     return Case(engine, kind, str(folder))
 
 
-def _time(case: Case, settings: Settings, scratch: Path) -> Timing:
-    """Run one case in a process of its own; what it prints goes to a file, which tells of the kernel and of errors."""
-    job, result, log = (scratch / f"{case.engine}-{case.weights}.{end}" for end in ("job", "json", "log"))
-    job.write_text(json.dumps({"case": asdict(case), "settings": asdict(settings)}))
-    disabled, wanted = PEERS.get(case.weights, ("", None))
-    environment = {**os.environ, **({"VLLM_DISABLED_KERNELS": disabled} if disabled else {})}
-    with log.open("w") as output:
-        command = [sys.executable, "-m", "rosaq.benchmark.decoding_run", str(job), str(result)]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
-    text = log.read_text(errors="replace")
-    timing = Timing(case.engine, case.weights)
-    if code or not result.is_file():
-        errors = [line.strip() for line in text.splitlines() if re.search(r"^\S*(Error|Exception)\b|\b\w+Error: ", line.strip())]
-        return replace(timing, failure=errors[-1] if errors else f"exit code {code}: {text[-500:]}")
-    found = json.loads(result.read_text())
-    if case.engine == "vllm" and case.weights in PEERS:
-        kernels = sorted(set(re.findall(r"Using (\w+) for CompressedTensorsWNA16", text)))
-        found["details"]["kernel"] = ", ".join(kernels)
-        if wanted is not None and kernels != [wanted]:
-            return replace(timing, failure=f"vLLM took {', '.join(kernels) or 'an unknown kernel'} and not {wanted}")
-    return replace(timing, **found)
+def _timed(cases: Sequence[Case], settings: Settings, scratch: Path) -> Iterator[Timing]:
+    """Start cases together, then time one after the other."""
+    runs = [Run(case, settings, scratch) for case in cases]
+    try:
+        for run in runs:
+            run.wait_until_ready()
+        for run in runs:
+            yield run.time()
+    finally:
+        for run in runs:
+            if run.process.poll() is None:
+                run.process.terminate()
+
+
+class Run:
+    """One case in a process of its own, which prepares at once and times when it is told to.
+
+    What it prints goes to a file, which tells of the kernel and of errors.
+    """
+
+    def __init__(self, case: Case, settings: Settings, scratch: Path) -> None:
+        """Start the process."""
+        self.case = case
+        job, self.result, self.log, self.ready, self.turn = (
+            scratch / f"{case.engine}-{case.weights}.{end}" for end in ("job", "json", "log", "ready", "turn")
+        )
+        job.write_text(json.dumps({"case": asdict(case), "settings": asdict(settings), "ready": str(self.ready), "turn": str(self.turn)}))
+        disabled, self.wanted = PEERS.get(case.weights, ("", None))
+        environment = {**os.environ, **({"VLLM_DISABLED_KERNELS": disabled} if disabled else {})}
+        command = [sys.executable, "-m", "rosaq.benchmark.decoding_run", str(job), str(self.result)]
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+    def wait_until_ready(self) -> None:
+        """Return when the model can be timed, or the process has ended."""
+        while not self.ready.exists() and self.process.poll() is None:
+            time.sleep(0.1)
+
+    def time(self) -> Timing:
+        """Let it time, and read what it found."""
+        self.turn.touch()
+        code = self.process.wait()
+        text = self.log.read_text(errors="replace")
+        timing = Timing(self.case.engine, self.case.weights)
+        if code or not self.result.is_file():
+            errors = [line.strip() for line in text.splitlines() if re.search(r"^\S*(Error|Exception)\b|\b\w+Error: ", line.strip())]
+            return replace(timing, failure=errors[-1] if errors else f"exit code {code}: {text[-500:]}")
+        found = json.loads(self.result.read_text())
+        if self.case.engine == "vllm" and self.case.weights in PEERS:
+            kernels = sorted(set(re.findall(r"Using (\w+) for CompressedTensorsWNA16", text)))
+            found["details"]["kernel"] = ", ".join(kernels)
+            if self.wanted is not None and kernels != [self.wanted]:
+                return replace(timing, failure=f"vLLM took {', '.join(kernels) or 'an unknown kernel'} and not {self.wanted}")
+        return replace(timing, **found)

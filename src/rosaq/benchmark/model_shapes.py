@@ -53,7 +53,7 @@ def shape_config(name: str) -> Any:
         return named_config(name)
     if not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name}: neither a model folder nor a known shape; shapes are {', '.join(SHAPES)}")
-    config = copy.deepcopy(AutoConfig.from_pretrained(name, local_files_only=True))
+    config = copy.deepcopy(AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.architectures = [Architecture.of(config, name).family.causal_lm]

@@ -6,7 +6,7 @@ from rosaq.calibration import windows_hash
 from rosaq.clock import Clock, Progress
 from rosaq.comparison.experiment import PERPLEXITY, Experiment
 from rosaq.evaluation.perplexity import divergence, perplexity, read_wikitext2, text_windows
-from rosaq.evaluation.zeroshot import check_zero_shot, zero_shot
+from rosaq.evaluation.zeroshot import Suite
 
 COLUMNS = {
     "piqa": "PIQA", "winogrande": "WinoGrande", "hellaswag": "HellaSwag", "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "commonsense_qa": "CSQA",
@@ -26,10 +26,8 @@ class Measures:
         """Read what the tasks need."""
         if tokenizer is None:
             raise ValueError(f"{experiment.model}: no tokenizer, so no text can be predicted")
-        self._tokenizer, self._data, self._documents = tokenizer, experiment.data, experiment.documents
-        names = [task for task in experiment.tasks if task != PERPLEXITY]
-        if names:
-            check_zero_shot(names, experiment.data)
+        self._documents = experiment.documents
+        self._suites = {task: Suite((task,), tokenizer, experiment.data) for task in experiment.tasks if task != PERPLEXITY}
         if PERPLEXITY in experiment.tasks:
             self._windows = text_windows(read_wikitext2(experiment.data), tokenizer, experiment.window)[: experiment.windows]
 
@@ -47,7 +45,7 @@ class Measures:
         for task in tasks:
             if task != PERPLEXITY:
                 with clock(task):
-                    scores = zero_shot(model, self._tokenizer, (task,), self._data, self._documents, progress=progress)
+                    scores = self._suites[task].run(model, self._documents, progress=progress)
                 figures[task] = scores.to_dict()
         return figures
 

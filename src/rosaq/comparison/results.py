@@ -1,10 +1,12 @@
 """The folder of a comparison: one JSON file a cell, written at once or not at all, and claims between processes.
 
-`comparison.json` says what all cells agree in. A claim is a lock on a file that the operating system gives back when
-its process ends, however it ends, so that a dead process never blocks a cell.
+`comparison.json` says what all cells agree in; `shared` holds what many cells need: statistics until all cells are there, and
+learned rotations. A claim is a lock on a file that the operating system gives back when its process ends, however it
+ends, so that a dead process never blocks a cell.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -13,14 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save
+
 from rosaq.comparison.experiment import Cell, Experiment
+from rosaq.learned import Learned, learning_key
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import read_json
 from rosaq.source import Source
+from rosaq.statistics import Statistics
 from rosaq.workfolder import write_whole
 
 COMMON = "comparison.json"
-PARTS = ("cells", "claims", "checkpoints")
+PARTS = ("cells", "claims", "checkpoints", "shared")
 
 
 class Results:
@@ -106,6 +112,44 @@ class Results:
             yield free
 
     @contextmanager
+    def statistics(self, seed: int) -> Iterator[Statistics | None]:
+        """Hold a seed's statistics while the block runs: another process waits; gives them, or None where nobody has written them yet."""
+        file = self._shared(f"statistics.seed{seed}")
+        with self._lock(file.stem) as free:
+            assert free
+            yield Statistics.from_tensors(load_file(file)) if file.is_file() else None
+
+    def write_statistics(self, seed: int, found: Statistics) -> None:
+        """Keep a seed's statistics for the other processes."""
+        write_whole(self._shared(f"statistics.seed{seed}"), save(found.tensors()))
+
+    def forget_statistics(self) -> None:
+        """Remove all statistics, which are large."""
+        for file in (self.folder / "shared").glob("statistics.*"):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def learning(self, cell: Cell) -> Iterator[bool]:
+        """Hold what a cell has to learn while the block runs; gives False where another process learns it, True where nothing is to be learned."""
+        file = self._learned(cell)
+        if file is None or file.is_file():
+            yield True
+            return
+        with self._lock(file.stem, wait=False) as free:
+            yield free
+
+    def read_learned(self, cell: Cell) -> Learned | None:
+        """The rotations that a cell needs, as another cell of its seed has learned them, or None."""
+        file = self._learned(cell)
+        return Learned.from_tensors(load_file(file)) if file is not None and file.is_file() else None
+
+    def write_learned(self, cell: Cell, found: Learned) -> None:
+        """Keep a cell's learned rotations for those that share them, unless they are kept."""
+        file = self._learned(cell)
+        if file is not None and not file.is_file():
+            write_whole(file, save({name: tensor.contiguous() for name, tensor in found.tensors().items()}))
+
+    @contextmanager
     def checkpoint(self, cell: Cell) -> Iterator[Path]:
         """Where a claimed cell's checkpoint goes; removed after the block, as is what an earlier process left there."""
         place = self.folder / "checkpoints" / cell.name
@@ -122,6 +166,16 @@ class Results:
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
+
+    def _learned(self, cell: Cell) -> Path | None:
+        """File of a cell's learned rotations, by seed of the text and all else that they depend on; None where it learns none."""
+        if cell.recipe is None or cell.checkpoint is not None or cell.recipe.rotation != "learned":
+            return None
+        key = hashlib.sha256(repr(learning_key(cell.recipe)).encode()).hexdigest()[:16]
+        return self._shared(f"rotations.seed{cell.seed}.{key}")
+
+    def _shared(self, name: str) -> Path:
+        return self.folder / "shared" / f"{name}.safetensors"
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:

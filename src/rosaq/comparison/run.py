@@ -65,7 +65,9 @@ def compare(
     failed = [f"{cell.name}: {why}" for cell in cells if (why := results.failure(cell))]
     if failed:
         raise ValueError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; {'; '.join(failed)}")
-    return [(cell, _finished(results, cell)) for cell in cells]
+    finished = [(cell, _finished(results, cell)) for cell in cells]
+    results.forget_statistics()
+    return finished
 
 
 def _finished(results: Results, cell: Cell) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -22,6 +22,7 @@ from rosaq.comparison.measures import Measures
 from rosaq.comparison.results import Results
 from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
+from rosaq.learned import learning_key
 from rosaq.pipeline import quantize
 from rosaq.run import Means
 from rosaq.safetensors_folder import read_json
@@ -29,7 +30,7 @@ from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.statistics import Statistics, measure, moments_fit
 
-HELD_BYTES = 8 * 10**9  # a model that takes no more than this in float32 is read once and kept
+HELD_BYTES = 8 * 10**9  # a model that takes no more than this in float32 is read once and kept, its statistics are shared through a file
 POLL_SECONDS = 0.5
 FRESH = Means(force=True)  # a cell is quantized as a whole or not at all, and never goes on with what another has left
 
@@ -56,8 +57,8 @@ class Worker:
         """Hold what the cells share; `rank` tells workers apart, so that they begin with different seeds."""
         self.results, self.experiment, self.measures, self.device = results, results.experiment, measures, device
         self.rank, self.announce, self.progress = rank, announce, progress
-        in_memory = 4 * source.parameters() <= HELD_BYTES
-        self.source = replace(source, tensors={name: source.tensors[name] for name in source.tensors}) if in_memory else source
+        self.in_memory = 4 * source.parameters() <= HELD_BYTES
+        self.source = replace(source, tensors={name: source.tensors[name] for name in source.tensors}) if self.in_memory else source
         self.statistics: Statistics | None = None
         self.seed: int | None = None
         self.reference: Any = None
@@ -80,9 +81,9 @@ class Worker:
         return sorted(cells, key=rank)
 
     def _try(self, cell: Cell) -> bool:
-        """Measure a cell unless another process holds it; whether something was done."""
-        with self.results.claim(cell) as mine:
-            tasks = self.results.missing(cell) if mine else ()
+        """Measure a cell unless another process holds it, or learns the rotations that it needs; whether something was done."""
+        with self.results.claim(cell) as mine, self.results.learning(cell) as free:
+            tasks = self.results.missing(cell) if mine and free else ()
             if not tasks:
                 return False
             try:
@@ -126,9 +127,13 @@ class Worker:
             made = {key: manifest["report"][key] for key in ("recipe", "bits_per_weight", "checkpoint_bytes", "calibration")}
             yield model, {**made, "bits": cell.recipe.bits, "seed": cell.seed, "distillation": manifest.get("distillation")}
             return
-        statistics = self._statistics(cell, clock)
+        statistics, key = self._statistics(cell, clock), learning_key(cell.recipe)
+        if key not in statistics.learned and (learned := self.results.read_learned(cell)):
+            statistics.learned[key] = learned
         with self.results.checkpoint(cell) as place:
             report = quantize(self.source, place, cell.recipe, statistics, self.device, self.progress, FRESH)
+            if key in statistics.learned:
+                self.results.write_learned(cell, statistics.learned[key])
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
                 model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")
@@ -148,11 +153,15 @@ class Worker:
         return model
 
     def _statistics(self, cell: Cell, clock: Clock) -> Statistics:
-        """The seed's statistics, measured unless they are held; one seed's are held at a time."""
+        """The seed's statistics, measured unless they are held or another process has; one seed's are held at a time."""
         assert cell.seed is not None and cell.recipe is not None
         if self.statistics is None or cell.seed != self.seed:
             self.statistics = None
-            statistics = measure(self.source, self.experiment.calibrated(cell.seed), self.device, self.progress, clock)
+            with self.results.statistics(cell.seed) if self.in_memory else nullcontext() as statistics:
+                if statistics is None:
+                    statistics = measure(self.source, self.experiment.calibrated(cell.seed), self.device, self.progress, clock)
+                    if self.in_memory:
+                        self.results.write_statistics(cell.seed, statistics)
             statistics.hold = moments_fit(self.source)
             self.statistics, self.seed = statistics, cell.seed
         return self.statistics

@@ -14,6 +14,7 @@ from rosaq.architecture import LINEARS, Architecture
 from rosaq.checkpoint import quantization_config
 from rosaq.checkpoint_writer import CheckpointWriter
 from rosaq.embedding import RosaqEmbedding
+from rosaq.engines.joined import join_layers
 from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
@@ -82,6 +83,7 @@ def dummy_model(config: Any, dtype: torch.dtype, device: str) -> Any:
             module.dtype = dtype
         if isinstance(module, RotatedNorm):
             module.rotation = torch.eye(len(module.weight), dtype=torch.float16, device=device)
+    join_layers(model)
     materialize_rotary(model, device)
     model.tie_weights()
     return model.eval()

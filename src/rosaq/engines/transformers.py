@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rosaq.architecture import Architecture
 from rosaq.checkpoint import check_version
 from rosaq.embedding import RosaqEmbedding
+from rosaq.engines.joined import join_layers
 from rosaq.hadamard_linear import HadamardLinear
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear, RotatedLinear
@@ -89,6 +90,10 @@ class RosaqQuantizer(HfQuantizer):
                 model.set_submodule(name, replacement)
         if checkpoint_files:
             check_tensors(model, [Path(file) for file in checkpoint_files])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        join_layers(model)
         return model
 
     def _replacement(self, name: str, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:

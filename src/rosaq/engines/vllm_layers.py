@@ -99,9 +99,8 @@ class RosaqVllmConfig(QuantizationConfig):
         """
         files = [str(file) for file in sorted(Path(model_name).glob("model*.safetensors"))]
         if files:
-            RosaqQuantizer(self.config).preprocess_model(
-                meta_model(AutoConfig.from_pretrained(model_name, local_files_only=True)), checkpoint_files=files
-            )
+            config = AutoConfig.from_pretrained(model_name, local_files_only=True, trust_remote_code=False)
+            RosaqQuantizer(self.config).preprocess_model(meta_model(config), checkpoint_files=files)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is computed; None leaves it to vLLM."""

@@ -6,6 +6,7 @@ are filled by tokens, and lm_head runs on the tokens of the continuations only. 
 model's type; in float32 the figures are HFLM's own. R rows, T tokens, C scored tokens, D hidden, V vocabulary.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,29 +29,31 @@ class LikelihoodModel(HFLM):
         tokenizer: its tokenizer.
         batch_tokens: padded tokens per forward pass; by default 32768 on a GPU and 4096 on the CPU.
         progress: told of the requests done.
+        ids: token ids of strings, which another model with this tokenizer may have left and to which new ones are added.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None, progress: Progress) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None, progress: Progress, ids: "dict[str, array[int]] | None" = None) -> None:
         """Wrap; nothing is loaded or moved."""
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal")
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
         self._progress = progress
-        self._ids: dict[str, list[int]] = {}
+        self._ids = {} if ids is None else ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
         """Score the harness's requests; every string that it will tokenize is tokenized at once before."""
         texts = {text for context, continuation in (request.args for request in requests) for text in (context.rstrip(), context + continuation)}
         bos = self.tokenizer.decode(self.prefix_token_id)  # a text that begins with it is tokenized differently: left to the harness
-        plain = [text for text in texts if text and not text.startswith(bos)]
+        plain = [text for text in texts if text and text not in self._ids and not text.startswith(bos)]
         if plain:
             special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-            self._ids = dict(zip(plain, self.tokenizer(plain, verbose=False, **special)["input_ids"], strict=True))
+            encoded = self.tokenizer(plain, verbose=False, **special)["input_ids"]
+            self._ids.update((text, array("i", ids)) for text, ids in zip(plain, encoded, strict=True))
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **rest: Any) -> list[int]:
         """Token ids of a string: looked up, or tokenized by the harness's own rule."""
         if add_special_tokens is None and left_truncate_len is None and string in self._ids:
-            return self._ids[string]
+            return self._ids[string].tolist()
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **rest)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ folder of JSON Lines files with the rows that the hub has only changes where the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ class HarnessTasks:
             raise ValueError(f"{place}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}{advice}") from error
         for name, harness_task in built.items():
             harness_task.set_config(key="num_fewshot", value=0)
+            for split in ("validation_docs", "test_docs"):  # which work out a task's rows anew whenever they are asked, five times a model
+                setattr(harness_task, split, cache(getattr(harness_task, split)))
             self.loaded["tasks"][name] = harness_task
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -105,20 +106,43 @@ def zero_shot(
         ValueError: an unknown task, lm-evaluation-harness is not installed, a file of the folder is missing or not as
             it should be, or the hub does not answer.
     """
-    chosen = check_zero_shot(tasks, data)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    from lm_eval.evaluator import evaluate  # noqa: PLC0415  (an optional dependency)
+    return Suite(tasks, tokenizer, data).run(model, limit, batch_tokens, progress)
 
-    from rosaq.evaluation.likelihood import LikelihoodModel  # noqa: PLC0415
 
-    with _quiet_harness():
-        questions = HarnessTasks(chosen, data)
-        found = evaluate(LikelihoodModel(model, tokenizer, batch_tokens, progress), questions.loaded, limit=limit, log_samples=False)
-    assert found is not None
-    scores = {name: _score(name, found["results"][name]) for name in questions.loaded["tasks"]}
-    averages = _averages(chosen, scores, questions.categories)
-    return ZeroShotResult(scores, averages, limit, "hub" if data is None else str(data), version("lm-eval"))
+class Suite:
+    """Tasks that any number of models with one tokenizer are asked; rows and token ids are kept from model to model.
+
+    Args:
+        tasks: as for `zero_shot`.
+        tokenizer: of the models.
+        data: as for `zero_shot`.
+
+    Raises:
+        ValueError: as `check_zero_shot`.
+    """
+
+    def __init__(self, tasks: Sequence[str], tokenizer: Any, data: Path | None) -> None:
+        """Check; the rows are read when the first model is asked."""
+        self._chosen, self._tokenizer, self._data = check_zero_shot(tasks, data), tokenizer, data
+        self._questions: HarnessTasks | None = None
+        self._ids: dict[str, array[int]] = {}
+
+    def run(self, model: Any, limit: int | None = None, batch_tokens: int | None = None, progress: Progress = no_progress) -> ZeroShotResult:
+        """Ask one model; arguments and errors as for `zero_shot`."""
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; it must be at least 1")
+        from lm_eval.evaluator import evaluate  # noqa: PLC0415  (an optional dependency)
+
+        from rosaq.evaluation.likelihood import LikelihoodModel  # noqa: PLC0415
+
+        with _quiet_harness():
+            self._questions = questions = self._questions or HarnessTasks(self._chosen, self._data)
+            asked = LikelihoodModel(model, self._tokenizer, batch_tokens, progress, self._ids)
+            found = evaluate(asked, questions.loaded, limit=limit, log_samples=False)
+        assert found is not None
+        scores = {name: _score(name, found["results"][name]) for name in questions.loaded["tasks"]}
+        averages = _averages(self._chosen, scores, questions.categories)
+        return ZeroShotResult(scores, averages, limit, "hub" if self._data is None else str(self._data), version("lm-eval"))
 
 
 def check_zero_shot(tasks: Sequence[str], data: Path | None) -> tuple[Task, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from rosaq.architecture import LINEARS, SITES
 from rosaq.checkpoint import verify
+from rosaq.clock import no_progress
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
@@ -17,8 +18,9 @@ from rosaq.moments import Flow
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
 from rosaq.safetensors_folder import SafetensorsFolder
+from rosaq.sensitivity import token_weights
 from rosaq.source import Source
-from rosaq.statistics import Statistics
+from rosaq.statistics import Statistics, compute_dtype
 
 Stored = Callable[[int, Block, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -105,7 +107,10 @@ def checkpoint_errors(
 def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, every: int = 1) -> list[LayerError]:
     found, needed = [], job.recipe.needs_moments
     # A recipe that searches by the moments must see the very ones that it was quantized by.
-    passes = statistics.second_moments(job.source, job.device, Flow(sink_weight=job.recipe.sink_weight)) if needed else itertools.repeat({})
+    if job.recipe.token_weights == "gradient" and statistics.weights is None:
+        statistics.weights = token_weights(job.source, statistics.windows, job.device, compute_dtype(job.source, job.device), Flow(), no_progress)
+    flow = Flow(sink_weight=job.recipe.sink_weight, weights=statistics.weights if job.recipe.token_weights == "gradient" else None)
+    passes = statistics.second_moments(job.source, job.device, flow) if needed else itertools.repeat({})
     for index, (sites, given) in enumerate(zip(observed, passes, strict=False)):
         if index % every:
             continue

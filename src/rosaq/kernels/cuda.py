@@ -7,8 +7,8 @@ Results do not change from run to run: all sums have a fixed order.
 """
 
 import ctypes
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -41,11 +41,12 @@ class _Weights(ctypes.Structure):
 class Prepared:
     """One repacked layer."""
 
-    form: stream.Form
+    form: Form
     stream: torch.Tensor  # (stream_bytes,) uint8
     salient_scales: torch.Tensor | None  # (16 T,) float16
     bias: torch.Tensor | None  # (N,) in the type of x
     gather: torch.Tensor | None  # positions in x, K reading a zero; None: x is read where it lies
+    launches: dict[int, "Launch"] = field(default_factory=dict, compare=False)  # by number of tokens
 
     @cached_property
     def weights(self) -> _Weights:
@@ -59,6 +60,38 @@ class Prepared:
             return None
         form, gather = _boxed(self.form, self.stream.device)
         return form, gather, _weights(self, form)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is known of a launch before x: outside of a captured graph, a step of few tokens waits for Python."""
+
+    library: ctypes.CDLL
+    function: Callable[..., int]
+    weights: Any  # reference to the kernels' argument
+    shape: shapes.Shape
+    columns: int
+    gather: torch.Tensor | None = None  # for the batch kernel, where it cannot read x as it lies
+
+    @classmethod
+    def of(cls, form: Form, weights: _Weights, shape: shapes.Shape, dtype: torch.dtype, gather: torch.Tensor | None = None) -> "Launch":
+        """The decoding or batch kernel, as `shape` says."""
+        lib = library(form, dtype)
+        function = lib.rosaq_decode if isinstance(shape.sizes, shapes.DecodeShape) else lib.rosaq_batch
+        return cls(lib, function, ctypes.byref(weights), shape, form.columns, gather)
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, overlap: bool = True) -> None:
+        """Launch on the current stream of x's device; `overlap`: start fetching weights before the previous kernel has finished."""
+        device = x.get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(x, y, overlap)
+            return
+        shape, x_stride = self.shape, x.stride(0) if x.shape[0] > 1 else self.columns
+        current = torch._C._cuda_getCurrentRawStream(device)  # what Triton's launches use; torch.cuda.current_stream makes an object
+        code = self.function(self.weights, x.data_ptr(), x_stride, y.data_ptr(), y.stride(0), shape.sizes, shape.variant, overlap, current)
+        if code:
+            raise RuntimeError(f"CUDA kernel not launched: {self.library.rosaq_error(code).decode()} ({shape})")
 
 
 def why_not(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -116,15 +149,18 @@ def register() -> torch.library.Library:
     """Make `torch.ops.rosaq.cuda_matmul`, which torch.compile sees as one node."""
     ops = torch.library.Library("rosaq", "FRAGMENT")
     ops.define("cuda_matmul(Tensor x, Tensor stream, Tensor? salient_scales, Tensor? bias, Tensor? gather, int[] form) -> Tensor")
-    ops.impl("cuda_matmul", lambda x, s, ss, b, g, form: _matmul(x, Prepared(stream.Form(*form), s, ss, b, g)), "CUDA")
-    torch.library.register_fake("rosaq::cuda_matmul", lambda x, s, ss, b, g, form: x.new_empty(x.shape[0], stream.Form(*form).out_features), lib=ops)
+    ops.impl("cuda_matmul", lambda x, s, ss, b, g, form: _matmul(x, Prepared(Form(*form), s, ss, b, g)), "CUDA")
+    torch.library.register_fake("rosaq::cuda_matmul", lambda x, s, ss, b, g, form: x.new_empty(x.shape[0], Form(*form).out_features), lib=ops)
     return ops
 
 
-def library(form: stream.Form, dtype: torch.dtype) -> ctypes.CDLL:
+def library(form: Form, dtype: torch.dtype) -> ctypes.CDLL:
     """The built library for this form and type."""
     loaded = build.load(form.bits, form.group_runs, _TYPES[dtype])
+    pointer, length, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.rosaq_error.restype = ctypes.c_char_p
+    for function, sizes in ((loaded.rosaq_decode, shapes.DecodeShape), (loaded.rosaq_batch, shapes.BatchShape)):
+        function.argtypes = [pointer, pointer, length, pointer, length, sizes, number, number, pointer]
     return loaded
 
 
@@ -138,57 +174,49 @@ def _unordered(layout: LinearLayout) -> LinearLayout:
 
 def _matmul(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
     """Launch on the current stream of x's device."""
-    tokens, form, weights = x.shape[0], prepared.form, prepared.weights
+    tokens = x.shape[0]
     if prepared.gather is not None:
         x = torch.nn.functional.pad(x, (0, 1)).index_select(1, prepared.gather)
     if x.stride(1) != 1 or x.data_ptr() % 16 or (tokens > 1 and (x.stride(0) % 8 or x.stride(0) < x.shape[1])):
         x = x.clone(memory_format=torch.contiguous_format)
     if tokens > PREFILL_TOKENS:
-        return _prefill(x, weights, prepared.bias, form)
-    y = torch.empty(tokens, form.out_features, dtype=x.dtype, device=x.device)
+        return _prefill(x, prepared.weights, prepared.bias, prepared.form)
+    y = x.new_empty((tokens, prepared.form.out_features))
     if tokens:
-        if tokens > shapes.DECODE_TOKENS and prepared.boxed is not None:
-            form, gather, weights = prepared.boxed
-            x = torch.nn.functional.pad(x, (0, 1)).index_select(1, gather)
-        launch(x, y, weights, form, shapes.choose(form, tokens, _multiprocessors(x.device.index)))
+        found = prepared.launches.get(tokens)
+        if found is None:
+            found = prepared.launches[tokens] = _planned(prepared, tokens, x)
+        if found.gather is not None:
+            x = torch.nn.functional.pad(x, (0, 1)).index_select(1, found.gather)
+        found(x, y)
     return y
 
 
+def _planned(prepared: Prepared, tokens: int, x: torch.Tensor) -> Launch:
+    form, weights, gather = prepared.form, prepared.weights, None
+    if tokens > shapes.DECODE_TOKENS and prepared.boxed is not None:
+        form, gather, weights = prepared.boxed
+    return Launch.of(form, weights, shapes.choose(form, tokens, _multiprocessors(x.device.index)), x.dtype, gather)
+
+
 @lru_cache(maxsize=256)
-def _boxed(form: stream.Form, device: torch.device) -> tuple[stream.Form, torch.Tensor]:
+def _boxed(form: Form, device: torch.device) -> tuple[Form, torch.Tensor]:
     """`stream.boxed` with the gather on a device."""
     plain, gather = stream.boxed(form)
     return plain, gather.to(device)
 
 
-def _weights(prepared: Prepared, form: stream.Form) -> _Weights:
+def _weights(prepared: Prepared, form: Form) -> _Weights:
     pointers = [None if t is None else t.data_ptr() for t in (prepared.stream, prepared.salient_scales, prepared.bias)]
     return _Weights(*pointers, form.scales_offset, form.salient_offset, *astuple(form)[2:])
 
 
-def launch(x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: stream.Form, shape: shapes.Shape, overlap: bool = True) -> None:
-    """One launch of the decoding or batch kernel; `overlap`: start fetching weights before the previous kernel has finished."""
-    lib = library(form, x.dtype)
-    device = x.device
-    x_stride = x.stride(0) if x.shape[0] > 1 else form.columns
-    function = lib.rosaq_decode if isinstance(shape.sizes, shapes.DecodeShape) else lib.rosaq_batch
-    with torch.cuda.device(device):
-        code = function(
-            ctypes.byref(weights),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(x_stride),
-            ctypes.c_void_p(y.data_ptr()),
-            ctypes.c_int64(y.stride(0)),
-            shape.sizes,
-            shape.variant,
-            int(overlap),
-            ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-        )
-    if code:
-        raise RuntimeError(f"CUDA kernel not launched: {lib.rosaq_error(code).decode()} ({shape})")
+def launch(x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: Form, shape: shapes.Shape, overlap: bool = True) -> None:
+    """One launch of the decoding or batch kernel, cut as `shape` says."""
+    Launch.of(form, weights, shape, x.dtype)(x, y, overlap)
 
 
-def _prefill(x: torch.Tensor, weights: _Weights, bias: torch.Tensor | None, form: stream.Form) -> torch.Tensor:
+def _prefill(x: torch.Tensor, weights: _Weights, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
     """Dequantize into scratch memory and multiply with cuBLAS."""
     padded = form.columns != form.q_valid * form.blocks + form.s_valid * form.blocks or form.q_runs_per_block * stream.RUN != form.q_valid
     make = torch.zeros if padded else torch.empty

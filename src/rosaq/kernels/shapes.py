@@ -47,7 +47,7 @@ class Shape:
         sizes = self.sizes
         if isinstance(sizes, DecodeShape):
             return sizes.splits, self.variant, sizes.row_warps, sizes.k_warps
-        return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.k_groups, sizes.slots
+        return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.slots
 
     def __repr__(self) -> str:
         """Fields by name."""
@@ -134,20 +134,18 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     tile = next((t for t in (32, 64) if tokens <= t), 128)
     weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
-    for groups, k_groups, twice, splits, resident in product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
+    for groups, twice, splits, resident in product((1, 2, 3, 4), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
         row_tiles = 4 * groups * twice
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
         slot_bytes = -(-max(stage, salient) // 1024) * 1024
-        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16)) // k_groups * k_groups  # each belongs to one k group
-        sums = k_groups * tile * (TILE * row_tiles + 4) * 4
-        if groups * k_groups > 4 or slots < 2 or sums > slots * slot_bytes or tile * twice > 128:
-            continue  # four groups of warps have registers, for 128 tokens or twice 64 rows each
-        if splits > (form.q_items + form.s_items) // 2:
-            continue
+        slots = min(8, (SHARED_BYTES // resident - 1024) // (slot_bytes + 16))
+        sums = tile * (TILE * row_tiles + 4) * 4
+        if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
+            continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        sizes = BatchShape(tokens, groups, k_groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
-        found[groups, k_groups, twice, splits, slots] = Shape(sizes, tile)
+        sizes = BatchShape(tokens, groups, 1, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
+        found[groups, twice, splits, slots] = Shape(sizes, tile)
     return list(found.values())
 
 

@@ -9,11 +9,13 @@ G groups, C channels of a full group.
 import torch
 
 from rosaq.layout import LinearLayout
-from rosaq.rounding.grid import fit_grid, to_codes
+from rosaq.rounding.grid import FP16_TINY, fit_grid, to_codes
 
 SHARES = [1 - step / 20 for step in range(10)]  # of a group's largest |w|: 1, 0.95, ... 0.55
 UNCLIPPED = ("q", "k")  # AWQ leaves them: their errors meet in a product, not in a sum
 OUTPUTS = 2048  # rows that are searched at a time
+TRIED = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights, times shares, that are rounded at a time
+SHRUNK = [1 - step / 25 for step in range(11)]  # of a group's whole range, where only squared errors are looked at: 1, 0.96, ... 0.6
 
 
 def group_moments(moment_QQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
@@ -49,3 +51,24 @@ def _search(weight_NGC: torch.Tensor, moment_GCC: torch.Tensor, bits: int) -> tu
         best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
         best_loss = torch.where(better, loss, best_loss)
     return best
+
+
+def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (N, G) of each group, of the share of its range whose rounding has the least squared error.
+
+    The zero point is that of the whole range. A channel's squared errors are multiplied by what they count (G, C), so that a
+    group's errors are taken as independent; GPTQ's conditional variances are such counts.
+
+    Raises:
+        ValueError: a range that no FP16 scale spans.
+    """
+    whole, zero = fit_grid(weight_NGC, bits)
+    shares = torch.tensor(SHRUNK, device=whole.device, dtype=whole.dtype)[:, None, None]
+    rows = max(1, TRIED[whole.device.type] // (len(SHRUNK) * weight_NGC[0].numel()))
+    best = []
+    for weight, scale, code in zip(weight_NGC.split(rows), whole.split(rows), zero.split(rows), strict=True):
+        scales = (shares * scale).half().to(whole).clamp_min(FP16_TINY)  # all shares at once: on a GPU the launches are what takes time
+        error = (to_codes(weight, scales, code, bits) - code[..., None]).mul_(scales[..., None]).sub_(weight)
+        chosen = torch.einsum("pngc,gc->png", error.square_(), counts_GC.to(whole)).argmin(0, keepdim=True)
+        best.append(scales.gather(0, chosen)[0])
+    return torch.cat(best), zero

@@ -6,6 +6,7 @@ letters: J channels in the order of rounding, C of them that are rounded, N outp
 """
 
 import importlib.util
+from contextlib import nullcontext
 
 import torch
 
@@ -68,8 +69,9 @@ def _launch(
     factor_CC = factor_JJ[start : start + channels, start : start + channels].contiguous()
     assert weight_JN.is_contiguous() and scale_CN.stride(1) == zero_CN.stride(1) == 1
     errors_CN, codes_CN = torch.empty_like(weight_JN[:channels]), torch.empty_like(weight_JN[:channels])
-    round_tile[triton.cdiv(n, TILE_N),](
-        weight_JN[start:], factor_CC, scale_CN, zero_CN, codes_CN, errors_CN, n, scale_CN.stride(0), zero_CN.stride(0), float(top),
-        CHANNELS=channels, PADDED=triton.next_power_of_2(channels), TILE_N=TILE_N, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device(weight_JN.device) if weight_JN.is_cuda else nullcontext():  # Triton launches on the current GPU
+        round_tile[triton.cdiv(n, TILE_N),](
+            weight_JN[start:], factor_CC, scale_CN, zero_CN, codes_CN, errors_CN, n, scale_CN.stride(0), zero_CN.stride(0), float(top),
+            CHANNELS=channels, PADDED=triton.next_power_of_2(channels), TILE_N=TILE_N, num_warps=1,
+        )  # fmt: skip
     return codes_CN, errors_CN

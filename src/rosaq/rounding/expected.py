@@ -10,8 +10,9 @@ Shape letters: N outputs, K inputs, G groups.
 import torch
 
 from rosaq.layout import LinearLayout
+from rosaq.rounding.clipping import fit_shrunk_grid
 from rosaq.rounding.gptq import inverse_factor
-from rosaq.rounding.grid import fit_grid, grouped
+from rosaq.rounding.grid import fit_grid, grouped, to_codes
 
 
 def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: bool) -> torch.Tensor:
@@ -29,7 +30,7 @@ def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: boo
     return weights_K
 
 
-def expected_loss(weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torch.Tensor, moment_KK: torch.Tensor) -> float:
+def expected_loss(weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torch.Tensor, moment_KK: torch.Tensor, searched: bool = False) -> float:
     """Expected tr(dW M dW^T) of a weight stored in a form.
 
     Args:
@@ -37,11 +38,20 @@ def expected_loss(weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torc
         layout: the form.
         weights_K: of `channel_weights`.
         moment_KK: second moment M of the inputs; salient INT8 channels, which nothing makes up for, count by its diagonal.
+        searched: ranges are searched by squared error; then clipped weights are off by more than half a step, so that the errors
+            themselves are taken.
     """
     columns, groups = layout.quantized_columns().to(weight_NK.device), layout.column_groups().to(weight_NK.device)
-    scale_NG, _ = fit_grid(grouped(weight_NK[:, columns], layout), layout.bits)
-    variance_G = scale_NG.double().square().sum(0) / 12
-    total = (variance_G[groups] * weights_K[columns]).sum()
+    weight_NGC = grouped(weight_NK[:, columns], layout)
+    if searched:
+        counts_GC = grouped(weights_K[columns][None], layout)[0]
+        scale_NG, zero_NG = fit_shrunk_grid(weight_NGC, counts_GC, layout.bits)
+        error_NGC = (to_codes(weight_NGC, scale_NG, zero_NG, layout.bits) - zero_NG[..., None]) * scale_NG[..., None] - weight_NGC
+        total = (error_NGC.square().sum(0, dtype=torch.float64) * counts_GC).sum()
+    else:
+        scale_NG, _ = fit_grid(weight_NGC, layout.bits)
+        variance_G = scale_NG.double().square().sum(0) / 12
+        total = (variance_G[groups] * weights_K[columns]).sum()
     if layout.salient and layout.salient_bits == 8:
         columns = layout.salient_columns().to(weight_NK.device)
         step_N = weight_NK[:, columns].abs().amax(1).double() / 127

@@ -15,7 +15,7 @@ from rosaq.rounding.columns import round_columns
 from rosaq.rounding.grid import grouped
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it
-Fit = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+Fit = Callable[[torch.Tensor, int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout, fit: Fit, act_order: bool = False) -> tuple[torch.Tensor, ...]:
@@ -25,7 +25,8 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
         weight_NK: the weight; rows do not see each other, so layers with the same inputs may be stacked.
         moment_KK: second moment of its inputs, in the same basis and order of channels.
         layout: form of the layer.
-        fit: scale and zero point (N, 1), of a group's weights (N, 1, C) and the group's number.
+        fit: scale and zero point (N, 1), of a group's weights (N, 1, C), the group's number, and what an error of each of its
+            channels counts (C,): the variance of the channel given those to come.
         act_order: round the channels of the largest second moment first. A group's channels are then rounded far
             apart, so all grids are fitted beforehand, to the weights as they are ("static groups").
 
@@ -38,22 +39,24 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
     device, top = weight_NK.device, (1 << layout.bits) - 1
     salient, quantized = layout.salient_columns().to(device), layout.quantized_columns().to(device)
     rank_Q = torch.arange(len(quantized), device=device)
-    grids: list[tuple[torch.Tensor, torch.Tensor]] = []
     if act_order:
         rank_Q = moment_KK.diagonal()[quantized].argsort(descending=True, stable=True)
-        weight = grouped(weight_NK[:, quantized], layout)
-        grids = [fit(weight[:, group : group + 1], group) for group in range(layout.groups)]
-        static = [torch.cat(parts, 1)[:, layout.column_groups().to(device)[rank_Q]].T.contiguous() for parts in zip(*grids, strict=True)]
     order_J = torch.cat([quantized[rank_Q], salient])
     weight_JN = weight_NK[:, order_J].T.contiguous()
     factor_JJ = inverse_factor(moment_KK[order_J][:, order_J]).to(weight_JN)
+    counts_Q = factor_JJ.diagonal()[rank_Q.argsort()].pow(-2)  # in the order of the channels
+    grids: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if act_order:
+        weight, counts_GC = grouped(weight_NK[:, quantized], layout), grouped(counts_Q[None], layout)[0]
+        grids = [fit(weight[:, group : group + 1], group, counts_GC[group]) for group in range(layout.groups)]
+        static = [torch.cat(parts, 1)[:, layout.column_groups().to(device)[rank_Q]].T.contiguous() for parts in zip(*grids, strict=True)]
     codes, start = [], 0
     for group, length in enumerate(torch.bincount(layout.column_groups()).tolist()):
         stop = start + length
         if act_order:
             scale_CN, zero_CN = (grid_QN[start:stop] for grid_QN in static)
         else:
-            grids.append(fit(weight_JN[start:stop].T[:, None], group))
+            grids.append(fit(weight_JN[start:stop].T[:, None], group, counts_Q[start:stop]))
             scale_CN, zero_CN = (grid.T.expand(length, -1) for grid in grids[-1])
         codes.append(round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
         start = stop
@@ -69,13 +72,17 @@ def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
     are large where J is (6.6 GB each for the 28672 channels of a 70B model).
     """
     reversed_JJ = moment_JJ.flip(0, 1).double()
-    diagonal = reversed_JJ.diagonal()
-    diagonal += DAMPING * diagonal.mean()
+    reversed_JJ.diagonal().add_(damping_of(moment_JJ))
     lower_JJ, failed = torch.linalg.cholesky_ex(reversed_JJ)
-    del reversed_JJ, diagonal
+    del reversed_JJ
     if int(failed):
         raise ValueError("the second moment of the inputs is not positive definite; calibrate on more or other text")
     inverse_JJ = torch.eye(len(lower_JJ), dtype=torch.float64, device=lower_JJ.device)
     torch.linalg.solve_triangular(lower_JJ, inverse_JJ, upper=False, out=inverse_JJ)
     del lower_JJ
     return inverse_JJ.flip(0, 1)
+
+
+def damping_of(moment_JJ: torch.Tensor) -> float:
+    """What is added to the diagonal of a second moment: a share of its mean."""
+    return DAMPING * float(moment_JJ.diagonal().mean(dtype=torch.float64))

@@ -6,9 +6,10 @@ import torch
 
 from rosaq.layout import LinearLayout
 from rosaq.packing import pack, pack_zeros
-from rosaq.rounding.clipping import fit_clipped_grid, group_moments
+from rosaq.rounding.clipping import fit_clipped_grid, fit_shrunk_grid, group_moments
 from rosaq.rounding.gptq import gptq
 from rosaq.rounding.grid import fit_grid, grouped, store_salient, to_codes, ungrouped
+from rosaq.rounding.refinement import refine
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,15 @@ class Rounding:
     Attributes:
         gptq: by error feedback; else to nearest.
         act_order: GPTQ's order by falling second moment.
-        clipped: each group's range is searched (AWQ); else it is from the least to the largest weight.
+        clipping: how each group's range is found: "none", from the least to the largest weight; "awq", by AWQ's search; "mse",
+            by the squared error of its weights.
+        refinement: sweeps over GPTQ's codes afterwards, its scales fitted with each; 0 for none of it.
     """
 
     gptq: bool = False
     act_order: bool = False
-    clipped: bool = False
+    clipping: str = "none"
+    refinement: int = 0
 
 
 NEAREST = Rounding()
@@ -77,21 +81,28 @@ def _rounded(weight_NK: torch.Tensor, layout: LinearLayout, moment_KK: torch.Ten
     """Codes (N, Q), scales and zero points (N, G), salient weights (N, S)."""
     columns = layout.quantized_columns().to(weight_NK.device)
     moments_GCC = None
-    if rounding.clipped:
+    if rounding.clipping == "awq":
         assert moment_KK is not None
         moments_GCC = group_moments(moment_KK[columns][:, columns], layout)
 
-    def fit(weight_NGC: torch.Tensor, groups: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        if moments_GCC is None:
+    def fit(weight_NGC: torch.Tensor, groups: slice, counts_GC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if rounding.clipping == "none":
             return fit_grid(weight_NGC, layout.bits)
+        if moments_GCC is None:
+            assert counts_GC is not None
+            return fit_shrunk_grid(weight_NGC, counts_GC, layout.bits)
         size = weight_NGC.shape[-1]
         return fit_clipped_grid(weight_NGC, moments_GCC[groups, :size, :size], layout.bits)
 
     if rounding.gptq:
         assert moment_KK is not None
-        return gptq(weight_NK, moment_KK, layout, lambda weight, group: fit(weight, slice(group, group + 1)), rounding.act_order)
+        rounded = gptq(
+            weight_NK, moment_KK, layout, lambda weight, group, counts: fit(weight, slice(group, group + 1), counts[None]), rounding.act_order
+        )
+        return refine(weight_NK, moment_KK, layout, rounded, rounding.refinement) if rounding.refinement else rounded
     weight = grouped(weight_NK[:, columns], layout)
-    scale, zero = fit(weight, slice(None))
+    counts_GC = None if moment_KK is None else grouped(moment_KK.diagonal()[columns][None], layout)[0]
+    scale, zero = fit(weight, slice(None), counts_GC)
     codes = ungrouped(to_codes(weight, scale, zero, layout.bits), layout)
     return codes, scale, zero, weight_NK[:, layout.salient_columns().to(weight_NK.device)]
 

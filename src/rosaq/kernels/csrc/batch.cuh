@@ -1,10 +1,10 @@
 // Batches (M 17 and more): wgmma with the dequantized weight as the A operand in registers and a tile of x in shared memory.
 //
 // A CTA owns R = 4 * warp_groups * TILES row tiles, TOKENS tokens and, in a cluster of `splits` CTAs, one stretch of the items. One thread of the last
-// warp fetches with the tensor copy engine, three copies a stage (a copy costs its issuing thread a hundred cycles and more, whatever
-// its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero. The other warps, in groups of
-// four with 64 rows each (TILES times), dequantize the next unit while the tensor cores multiply the last one. More rows per CTA mean less
-// of x through L2, which is what limits. The weight's copies start before the previous kernel of the stream has finished.
+// warp group, which leaves its registers to the others, fetches with the tensor copy engine, three copies a stage (a copy costs its issuing
+// thread a hundred cycles and more, whatever its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero.
+// The other groups, with 64 rows each (TILES times), dequantize the next part while the tensor cores multiply the last one. More rows per CTA mean
+// less of x through L2. The weight's copies start before the previous kernel of the stream has finished.
 #pragma once
 #include "format.cuh"
 #include "wgmma.cuh"
@@ -12,7 +12,9 @@
 namespace rosaq {
 
 struct BatchShape {
-    int tokens, warp_groups, k_groups, splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
+    int tokens, warp_groups;
+    int k_groups;  // 1: several that take turns at the stages need two slots each, or they wait for each other for ever; not tried since (docs/log.md)
+    int splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
 
