@@ -147,7 +147,7 @@ def made(saved, text_file, tmp_path):
 
 
 CASES = {
-    "heads, three bits": ("llama", "rosaq-int3", {}, 0.8),
+    "heads, three bits": ("llama", "rosaq-int3", dict(rounding="nearest", refinement=0), 0.6),
     "bias, tied table that came apart, 8-bit tables": ("qwen2", "rosaq-nearest", dict(bits=3, embedding_bits="8"), 0.3),
     "ordered, tied table": ("llama-tied", "mixed", dict(bits=3), 0.2),
     "norms of heads, nothing salient": ("qwen3", "rtn", dict(bits=3), 0.1),

@@ -165,7 +165,7 @@ def test_stream_of_the_cuda_kernels_has_the_planned_size(layout: LinearLayout) -
     plain = cuda._unordered(layout)
     form, gather, runs = stream.plan(plain)
     packed = stream.repack(plain, tensors, form, runs, torch.float16)
-    assert packed.shape == (form.tiles, form.tile_bytes) and form.salient_offset % 128 == 0 == form.code_bytes % 128
+    assert packed.shape == (form.stream_bytes,) and form.salient_offset % 128 == 0 == form.code_bytes % 128
     assert gather is None or len(gather) == form.columns
     for tokens in (1, 16, 17, 300):
         shape = shapes.choose(form, tokens, 132)
@@ -184,7 +184,7 @@ def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     layout = LinearLayout(16, 128, 4, 128)
     tensors = random_tensors(layout, "cpu")
     form, _, runs = stream.plan(layout)
-    words = stream.repack(layout, tensors, form, runs, torch.float16)[0, :1024].contiguous().view(torch.int32).view(2, 32, 4)
+    words = stream.repack(layout, tensors, form, runs, torch.float16)[:1024].contiguous().view(torch.int32).view(2, 32, 4)
     codes = reference.unpack(tensors["qweight"], 4, 128)
     for unit, lane, step, pair, e in [(0, 0, 0, 0, 0), (1, 5, 2, 1, 1), (0, 31, 3, 3, 0), (1, 18, 1, 2, 1)]:
         g, t = divmod(lane, 4)
@@ -197,7 +197,7 @@ def test_three_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     layout = LinearLayout(16, 128, 3, 128)
     tensors = random_tensors(layout, "cpu")
     form, _, runs = stream.plan(layout)
-    flat = stream.repack(layout, tensors, form, runs, torch.float16)[0, : form.code_bytes].contiguous().view(torch.int32)
+    flat = stream.repack(layout, tensors, form, runs, torch.float16)[: form.code_bytes].contiguous().view(torch.int32)
     words = torch.cat((flat[:128].view(32, 4), flat[128:].view(32, 2)), dim=1).view(32, 2, 3).tolist()  # planes of four words and of two
     codes = reference.unpack(tensors["qweight"], 3, 128)
     places = {pair: (word, 3 * at) for word, held in enumerate(stream.THREE_BIT_PAIRS) for at, pair in enumerate(held)}

@@ -27,7 +27,7 @@ from rosaq.recipe import Recipe
 from rosaq.rounding.clipping import SHARES, SHRUNK, UNCLIPPED
 from rosaq.rounding.scaling import STEPS
 from rosaq.run import Means, Run
-from rosaq.sensitivity import held_states
+from rosaq.sensitivity import LOGITS_BYTES, held_states
 from rosaq.skeleton import meta_model
 from rosaq.source import Source, is_hub_id, open_source, read_hub_config
 from rosaq.statistics import check_length, compute_dtype
@@ -183,6 +183,10 @@ def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
     whole = recipe.needs_moments or recipe.target_bits > 0
     sums = 8 * sum(a.width(site) ** 2 for site in SITES) if whole else 8 * 2 * a.hidden**2
     running = weights * (2 + 4 + 2) + sums + tokens * 2 * (6 * a.hidden + 3 * a.intermediate)
+    if recipe.token_weights == "gradient" or recipe.target_bits > 0:  # what a block keeps for its backward pass, and the logits of some tokens
+        running = max(
+            running, weights * (2 + 4 + 2) + tokens * 2 * (18 * a.hidden + 7 * a.intermediate), 2 * 4 * a.vocabulary * a.hidden + 5 * LOGITS_BYTES
+        )
     rounding = weights * (2 + 4 + 4 + 4) + (2 * sums if whole else 0) + 4 * 4 * a.hidden * a.intermediate
     table = 4 * 3 * 4096 * a.hidden + 2 * a.vocabulary * a.hidden
     model = 0

@@ -12,7 +12,7 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 @pytest.fixture
 def checkpoint(saved, text_file, tmp_path):
-    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="8")
+    recipe = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=4, salient_down=16, embedding_bits="8")
     quantize(str(saved("llama-biased")), tmp_path / "out", recipe, Calibration(str(text_file), 2, 32), "cuda")
     return tmp_path / "out"
 

@@ -27,7 +27,7 @@ class _Weights(ctypes.Structure):
     """`Weights` of csrc/format.cuh."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_void_p) for name in ("stream", "salient_scales", "bias")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("tile_bytes", "scales_offset", "salient_offset")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("scales_offset", "salient_offset")]
     _fields_ += [
         (name, ctypes.c_int32)
         for name in (
@@ -42,7 +42,7 @@ class Prepared:
     """One repacked layer."""
 
     form: Form
-    stream: torch.Tensor  # (T, tile_bytes) uint8
+    stream: torch.Tensor  # (stream_bytes,) uint8
     salient_scales: torch.Tensor | None  # (16 T,) float16
     bias: torch.Tensor | None  # (N,) in the type of x
     gather: torch.Tensor | None  # positions in x, K reading a zero; None: x is read where it lies
@@ -208,7 +208,7 @@ def _boxed(form: Form, device: torch.device) -> tuple[Form, torch.Tensor]:
 
 def _weights(prepared: Prepared, form: Form) -> _Weights:
     pointers = [None if t is None else t.data_ptr() for t in (prepared.stream, prepared.salient_scales, prepared.bias)]
-    return _Weights(*pointers, form.tile_bytes, form.scales_offset, form.salient_offset, *astuple(form)[2:])
+    return _Weights(*pointers, form.scales_offset, form.salient_offset, *astuple(form)[2:])
 
 
 def launch(x: torch.Tensor, y: torch.Tensor, weights: _Weights, form: Form, shape: shapes.Shape, overlap: bool = True) -> None:

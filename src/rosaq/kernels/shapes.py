@@ -15,6 +15,8 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
+DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
+
 
 class DecodeShape(ctypes.Structure):
     """`DecodeShape` of csrc/decode.cuh."""
@@ -27,7 +29,7 @@ class BatchShape(ctypes.Structure):
     """`BatchShape` of csrc/batch.cuh."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes", "row_tiles")
+        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "k_groups", "splits", "slots", "slot_bytes", "row_tiles")
     ]
     _fields_ += [("begin", ctypes.c_uint16 * 10)]
 
@@ -40,7 +42,7 @@ class Shape:
     variant: int  # decoding: row tiles per warp; batch: tokens per CTA
 
     @property
-    def cut(self) -> tuple[int, int, int, int]:
+    def cut(self) -> tuple[int, ...]:
         """What tells it from the other ways to cut the same launch, as in `measured.CUTS`."""
         sizes = self.sizes
         if isinstance(sizes, DecodeShape):
@@ -78,8 +80,9 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
         if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
             continue
         begin = _shares(form, weights, splits * k_warps)
-        x_bytes = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps)) * tokens * 64
-        if x_bytes + row_warps * k_warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes > SHARED_BYTES:
+        runs = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps))
+        x_bytes = runs * (16 if tokens > 8 else tokens) * 64
+        if x_bytes + row_warps * k_warps * per_warp * DEPTH[per_warp] * slot_bytes > SHARED_BYTES:
             continue
         reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
         sizes = DecodeShape(tokens, row_warps, k_warps, splits, x_bytes, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
@@ -113,7 +116,7 @@ def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
     tiles, warps = sizes.row_warps * per_warp, sizes.row_warps * sizes.k_warps
     ctas = -(-form.tiles // tiles) * sizes.splits
     slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
-    shared = sizes.x_bytes + warps * per_warp * (4 if per_warp == 1 else 2) * slot_bytes + 1024
+    shared = sizes.x_bytes + warps * per_warp * DEPTH[per_warp] * slot_bytes + 1024
     registers = {(False, 1): 64, (False, 2): 88, (True, 1): 80, (True, 2): 128}[two_token_tiles, per_warp]
     resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
     each, most = ctas / multiprocessors, -(-ctas // multiprocessors)
@@ -131,7 +134,7 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     tile = next((t for t in (32, 64) if tokens <= t), 128)
     weights = (form.code_bytes + form.scale_bytes + form.runs * tile * 5, form.s_item_bytes + tile * 5)  # bytes to read, channels to multiply
-    for groups, twice, splits, resident in product((1, 2, 3), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
+    for groups, twice, splits, resident in product((1, 2, 3, 4), (1, 2), (1, 2, 3, 4, 6, 8), (1, 2)):
         row_tiles = 4 * groups * twice
         stage = form.runs * tile * 64 + row_tiles * (form.code_bytes + form.scale_bytes)
         salient = 2 * (tile * 64 + row_tiles * form.s_item_bytes) if form.s_items else 0
@@ -141,9 +144,8 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
         if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
             continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        found[groups, twice, splits, slots] = Shape(
-            BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin)), tile
-        )
+        sizes = BatchShape(tokens, groups, 1, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
+        found[groups, twice, splits, slots] = Shape(sizes, tile)
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""The repacked weight of the CUDA kernels: the checkpoint's tensors as one stream per 16 outputs.
+"""The repacked weight of the CUDA kernels: the checkpoint's tensors as one stream of pieces of 16 outputs.
 
 `csrc/format.cuh` says what the bytes mean; this file writes them, with tensor operations alone, on any device.
 
@@ -17,6 +17,7 @@ from rosaq.packing import unpack, unpack_zeros
 
 TILE, RUN = 16, 32
 THREE_BIT_PAIRS = ((0, 1, 2, 3, 4), (6, 5, 8, 7, 10), (12, 9, 14, 11, 13))  # of a unit, in its three words
+SLACK_BYTES = 4096  # after the last part; no piece is longer
 CHUNK_BYTES = 1 << 28  # of intermediate codes: rows are repacked in pieces, so that a large layer needs little scratch memory
 
 
@@ -62,18 +63,23 @@ class Form:
 
     @property
     def scales_offset(self) -> int:
-        """Where a row tile's scales start."""
-        return self.q_items * self.code_bytes
+        """Where the scales start."""
+        return self.q_items * self.tiles * self.code_bytes
 
     @property
     def salient_offset(self) -> int:
-        """Where a row tile's salient runs start."""
-        return self.scales_offset + -(-self.q_items * self.scale_bytes // 128) * 128
+        """Where the salient runs start."""
+        return self.scales_offset + -(-self.q_items * self.tiles * self.scale_bytes // 128) * 128
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of one row tile."""
-        return self.salient_offset + self.s_items * self.s_item_bytes
+        """Bytes of one row tile, in all parts of the stream."""
+        return self.q_items * (self.code_bytes + self.scale_bytes) + self.s_items * self.s_item_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of the stream; a warp with two row tiles may read one tile past the last."""
+        return self.salient_offset + self.s_items * self.tiles * self.s_item_bytes + SLACK_BYTES
 
     @property
     def columns(self) -> int:
@@ -184,15 +190,27 @@ def _quantized_runs(layout: LinearLayout) -> tuple[torch.Tensor, torch.Tensor, l
 
 
 def repack(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], form: Form, runs: _Runs, dtype: torch.dtype) -> torch.Tensor:
-    """The stream (T, tile_bytes), uint8."""
+    """The stream (stream_bytes,), uint8."""
     device = tensors["qweight"].device
-    stream = torch.empty(form.tiles, form.tile_bytes, dtype=torch.uint8, device=device)
+    stream = torch.empty(form.stream_bytes, dtype=torch.uint8, device=device)
+    parts = []  # (items, T, bytes)
+    for offset, items, each in (
+        (0, form.q_items, form.code_bytes),
+        (form.scales_offset, form.q_items, form.scale_bytes),
+        (form.salient_offset, form.s_items, form.s_item_bytes),
+    ):
+        size = items * form.tiles * each
+        parts.append(stream[offset : offset + size].view(items, form.tiles, each))
+    stream[form.salient_offset - 128 : form.salient_offset] = 0
+    stream[-SLACK_BYTES:] = 0
     where = _Runs(runs.quantized.to(device), runs.groups.to(device), runs.salient.to(device))
     zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, layout.out_features)
     step = max(TILE, CHUNK_BYTES // (8 * form.columns) // TILE * TILE)
     for first in range(0, layout.out_features, step):
         rows = slice(first, min(first + step, layout.out_features))
-        stream[first // TILE : -(-rows.stop // TILE)] = _repack_rows(layout, tensors, zeros_NG, form, where, dtype, rows)
+        for part, made in zip(parts, _repack_rows(layout, tensors, zeros_NG, form, where, dtype, rows), strict=True):
+            tiles = made.shape[0]
+            part[:, first // TILE : first // TILE + tiles] = made.view(tiles, *part.shape[::2]).transpose(0, 1)
     return stream
 
 
@@ -204,8 +222,8 @@ def _repack_rows(
     runs: _Runs,
     dtype: torch.dtype,
     rows: slice,
-) -> torch.Tensor:
-    """The stream of some whole row tiles (the last may be ragged)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and salient runs (T, bytes) of some whole row tiles (the last may be ragged)."""
     codes = _take(unpack(tensors["qweight"][rows], layout.bits, layout.blocks * layout.quantized), runs.quantized, 0)
     tiles = codes.shape[0] // TILE
     per_group = runs.groups[:: form.group_runs]
@@ -213,14 +231,13 @@ def _repack_rows(
     constant = 1024 if dtype == torch.float16 else 0 if form.bits == 8 else 128  # what a code is set into, see csrc/format.cuh
     offsets = _by_lane(-(_take(zeros_NG[rows], per_group, 0) + constant)).to(dtype)
     groups = torch.cat((scales.contiguous().view(torch.int16), offsets.contiguous().view(torch.int16)), dim=-1).view(torch.uint8).view(tiles, -1)
-    gap = torch.zeros(tiles, form.salient_offset - form.scales_offset - groups.shape[1], dtype=torch.uint8, device=codes.device)
-    parts = [_planes(_unit_words(codes, form.bits), form.units), groups, gap]
+    precise = torch.empty(tiles, 0, dtype=torch.uint8, device=codes.device)
     if layout.salient and layout.salient_bits == 16:
-        precise = _fragments(_take(tensors["salient"][rows].to(dtype), runs.salient, 0), 32)
-        parts.append(precise.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous().view(torch.uint8).view(tiles, -1))
+        pieces = _fragments(_take(tensors["salient"][rows].to(dtype), runs.salient, 0), 32)
+        precise = pieces.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous().view(torch.uint8).view(tiles, -1)
     elif layout.salient:
-        parts.append(_byte_words(_take(tensors["salient"][rows].int() + 128, runs.salient, 128), 32).view(torch.uint8).view(tiles, -1))
-    return torch.cat(parts, dim=1)
+        precise = _byte_words(_take(tensors["salient"][rows].int() + 128, runs.salient, 128), 32).view(torch.uint8).view(tiles, -1)
+    return _planes(_unit_words(codes, form.bits), form.units), groups, precise
 
 
 def _take(values_NC: torch.Tensor, columns: torch.Tensor, missing: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from rosaq.layout import LinearLayout
 from rosaq.rounding.columns import round_columns
-from rosaq.rounding.gptq import damped
+from rosaq.rounding.gptq import damping_of
 
 BLOCK = 64  # channels that a sweep rounds before all others hear of it
 LARGEST = 2.0  # times that a scale may become larger or smaller
@@ -36,17 +36,22 @@ def refine(
     codes_NQ, scale_NG, zero_NG, _ = rounded
     device = weight_NK.device
     salient, quantized, groups = (part.to(device) for part in (layout.salient_columns(), layout.quantized_columns(), layout.column_groups()))
-    moment_KK = damped(moment_KK)
-    moment_QQ, crossed_SQ = moment_KK[quantized][:, quantized], moment_KK[salient][:, quantized]
-    answer_SQ = torch.linalg.solve(moment_KK[salient][:, salient], crossed_SQ)
-    moment_QQ = (moment_QQ - crossed_SQ.T @ answer_SQ).to(weight_NK)
+    damping = damping_of(moment_KK)
+    moment_QQ, moment_SS, crossed_SQ = (
+        moment_KK[rows][:, columns] for rows, columns in ((quantized, quantized), (salient, salient), (salient, quantized))
+    )
+    moment_QQ.diagonal().add_(damping)
+    moment_SS = moment_SS.double()
+    moment_SS.diagonal().add_(damping)
+    answer_SQ = torch.linalg.solve(moment_SS, crossed_SQ.double()).to(weight_NK)
+    moment_QQ = moment_QQ.to(weight_NK).addmm_(crossed_SQ.T.to(weight_NK), answer_SQ, alpha=-1)  # in float32, the damping is far above its error
     wanted_NQ = weight_NK[:, quantized]
     codes_NQ, scale_NG = codes_NQ.to(weight_NK), _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups)
     for _ in range(sweeps):
         codes_NQ = _sweep(wanted_NQ, moment_QQ, codes_NQ, (scale_NG[:, groups], zero_NG[:, groups]), (1 << layout.bits) - 1)
         scale_NG = _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups)
     error_NQ = (codes_NQ - zero_NG[:, groups]) * scale_NG[:, groups] - wanted_NQ
-    return codes_NQ, scale_NG, zero_NG, weight_NK[:, salient] - error_NQ @ answer_SQ.T.to(weight_NK)
+    return codes_NQ, scale_NG, zero_NG, weight_NK[:, salient] - error_NQ @ answer_SQ.T
 
 
 def _fit_scales(

@@ -1,10 +1,10 @@
 // Batches (M 17 and more): wgmma with the dequantized weight as the A operand in registers and a tile of x in shared memory.
 //
 // A CTA owns R = 4 * warp_groups * TILES row tiles, TOKENS tokens and, in a cluster of `splits` CTAs, one stretch of the items. One thread of the last
-// warp fetches with the tensor copy engine, three copies a stage (a copy costs its issuing thread a hundred cycles and more, whatever
-// its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero. The other warps, in groups of
-// four with 64 rows each (TILES times), dequantize the next unit while the tensor cores multiply the last one. More rows per CTA mean less
-// of x through L2, which is what limits. The weight's copies start before the previous kernel of the stream has finished.
+// warp group, which leaves its registers to the others, fetches with the tensor copy engine, three copies a stage (a copy costs its issuing
+// thread a hundred cycles and more, whatever its size): codes of all tiles, scales of all tiles, all runs of x; what does not exist reads as zero.
+// The other groups, with 64 rows each (TILES times), dequantize the next part while the tensor cores multiply the last one. More rows per CTA mean
+// less of x through L2. The weight's copies start before the previous kernel of the stream has finished.
 #pragma once
 #include "format.cuh"
 #include "wgmma.cuh"
@@ -12,21 +12,23 @@
 namespace rosaq {
 
 struct BatchShape {
-    int tokens, warp_groups, splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
+    int tokens, warp_groups;
+    int k_groups;  // 1: several that take turns at the stages need two slots each, or they wait for each other for ever; not tried since (docs/log.md)
+    int splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
 
 // Tensors that the copy engine reads; made on the host for each launch. Weights in units of 8 bytes, x in channels.
 struct BatchMaps {
-    CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, items * parts, tiles)
+    CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, parts, tiles, items)
     CUtensorMap q_x, s_x;                // (32 channels, tokens, runs of a block, blocks)
 };
 constexpr int CODE_PARTS = CODE_BYTES > 2048 ? 2 : 1;  // a box is at most 256 units wide
 constexpr int SALIENT_RUNS = 2;                        // per stage
 
 __device__ inline void copy_weights(uint32_t to, const CUtensorMap* map, int item, int tile, uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-                 "l"(map), "r"(0), "r"(item), "r"(tile), "r"(bar)
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(tile), "r"(item), "r"(bar)
                  : "memory");
 }
 __device__ inline void copy_x(uint32_t to, const CUtensorMap* map, int token, int run, int block, uint32_t bar) {
@@ -67,11 +69,11 @@ __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, con
         const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
         if (item < w.q_items) {
             barrier_expect(bar, q_bytes);
-            copy_weights(to + RUNS * TOKENS * 64, &maps.codes, item * CODE_PARTS, first_tile, bar);
+            copy_weights(to + RUNS * TOKENS * 64, &maps.codes, item, first_tile, bar);
             copy_weights(to + RUNS * TOKENS * 64 + R * CODE_BYTES, &maps.scales, item, first_tile, bar);
         } else {
             barrier_expect(bar, s_bytes);
-            copy_weights(to + SALIENT_RUNS * TOKENS * 64, &maps.salient, (item - w.q_items) / SALIENT_RUNS, first_tile, bar);
+            copy_weights(to + SALIENT_RUNS * TOKENS * 64, &maps.salient, item - w.q_items, first_tile, bar);
         }
     };
     auto next = [&](int item) { return item < w.q_items ? item + 1 : item + SALIENT_RUNS; };
@@ -98,130 +100,156 @@ __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, con
     }
 }
 
-// Unit u of a block, dequantized, as A operands: in the type of x, scales included.
-__device__ inline void weights_of(const uint32_t* words, const uint8_t* scales, int u, int lane, uint32_t (&a)[4][4]) {
+// Steps `from` to `from` + STEPS of unit u of a block, dequantized, as A operands: in the type of x, scales included.
+template <int STEPS>
+__device__ inline void weights_of(const uint32_t* words, const uint8_t* scales, int u, int from, int lane, uint32_t (&a)[STEPS][4]) {
     auto group = [&](int run) { return make_group(*reinterpret_cast<const uint2*>(scales + run / GROUP_RUNS * GROUP_BYTES + 8 * (lane >> 2))); };
     const Group first = group(2 * u), second = (2 * u + 1) % GROUP_RUNS ? first : group(2 * u + 1);
-    expand(words, first, second, a);
+    uint32_t unit[4][4];  // what is not used of it is not made either
+    expand(words, first, second, unit);
     const uint32_t s[2][2] = {{twice(first.scale(0)), twice(first.scale(1))}, {twice(second.scale(0)), twice(second.scale(1))}};
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < STEPS; ++j)
 #pragma unroll
-        for (int p = 0; p < 4; ++p) a[j][p] = mul2(a[j][p], s[j >> 1][p & 1]);
+        for (int p = 0; p < 4; ++p) a[j][p] = mul2(unit[from + j][p], s[(from + j) >> 1][p & 1]);
 }
 
+// The warp group that fetches leaves registers to the others: 24 and 112 a thread, 96 at the start (five groups have 65536 together).
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 112;"); }
+__device__ inline void sync_warps(int warps) { asm volatile("barrier.sync 1, %0;" ::"r"(32 * warps) : "memory"); }
+
 template <int TOKENS, int TILES>
-__global__ void __launch_bounds__(416, 1) batch(const __grid_constant__ Weights w, const __grid_constant__ BatchMaps maps,
+__global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights w, const __grid_constant__ BatchMaps maps,
                                                uint16_t* __restrict__ y, int64_t y_stride, const __grid_constant__ BatchShape shape) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is one value per warp
-    const int lane = threadIdx.x & 31, fetcher_warp = 4 * shape.warp_groups, R = fetcher_warp * TILES;
+    const int lane = threadIdx.x & 31, row_warps = 4 * shape.warp_groups, R = row_warps * TILES;
+    const int fetcher_warp = row_warps * shape.k_groups, k_group = warp / row_warps, row_warp = warp - k_group * row_warps;
     const int split = shape.splits == 1 ? 0 : blockIdx.y, first_tile = blockIdx.x * R, token = blockIdx.z * TOKENS;
     const uint32_t slots = shared_address(shared), bars = slots + shape.slots * shape.slot_bytes;  // per slot: full, empty
     const int begin = shape.begin[split], end = shape.begin[split + 1];
     if (threadIdx.x == 0) {
-        for (int s = 0; s < shape.slots; ++s) barrier_init(bars + s * 16, 1), barrier_init(bars + s * 16 + 8, fetcher_warp);
+        for (int s = 0; s < shape.slots; ++s) barrier_init(bars + s * 16, 1), barrier_init(bars + s * 16 + 8, row_warps);
         barrier_init_fence();
     }
     __syncthreads();
     let_next_start();
 
+    if (warp >= fetcher_warp) {
+        give_registers();
+        if (warp == fetcher_warp && lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
+        return;
+    }
+    take_registers();
     float acc[TILES][TOKENS / 2];
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) acc[t][i] = 0.f;
 
-    if (warp == fetcher_warp) {
-        if (lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
-    } else {
-        const bool bytes = w.salient_scales != nullptr;
-        const uint32_t codes_at = RUNS * TOKENS * 64 + warp * CODE_BYTES;
-        const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + warp * SCALE_BYTES;
-        const uint32_t salient_at = SALIENT_RUNS * (TOKENS * 64 + warp * w.s_item_bytes);
-        uint32_t a[2][4][4];
-        int slot = 0, previous = -1;
-        uint32_t parity = 0;
-        int item = begin;
-        for (; item < min(end, w.q_items); ++item) {
-            barrier_wait(bars + slot * 16, parity);
-            const uint8_t* stage = shared + slot * shape.slot_bytes;
-            const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
-            uint32_t words[TILES][WORDS];
+    const bool bytes = w.salient_scales != nullptr;
+    const uint32_t codes_at = RUNS * TOKENS * 64 + row_warp * CODE_BYTES;
+    const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + row_warp * SCALE_BYTES;
+    const uint32_t salient_at = SALIENT_RUNS * TOKENS * 64;
+    constexpr int STEPS = TOKENS * TILES == 128 ? 2 : 4, PARTS = UNITS * 4 / STEPS;  // of a unit multiplied together; where registers are short, two
+    uint32_t a[2][STEPS][4];
+    int slot = k_group, previous = -1;
+    uint32_t parity = 0;
+    auto next_slot = [&]() {
+        slot += shape.k_groups;
+        if (slot >= shape.slots) slot -= shape.slots, parity ^= 1;
+    };
+    const int q_end = min(end, w.q_items);
+    int item = begin + k_group;
+    for (; item < q_end; item += shape.k_groups) {
+        barrier_wait(bars + slot * 16, parity);
+        const uint8_t* stage = shared + slot * shape.slot_bytes;
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+        uint32_t words[TILES][WORDS];
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) load_words<WORDS>(stage + codes_at + t * fetcher_warp * CODE_BYTES, lane, words[t], FromShared{});
+        for (int t = 0; t < TILES; ++t) load_words<WORDS>(stage + codes_at + t * row_warps * CODE_BYTES, lane, words[t], FromShared{});
 #pragma unroll
-            for (int step = 0; step < UNITS * TILES; ++step) {
-                const int u = step / TILES, t = step % TILES;
-                weights_of(words[t] + u * RAW, stage + scales_at + t * fetcher_warp * SCALE_BYTES, u, lane, a[step & 1]);
+        for (int part = 0; part < PARTS * TILES; ++part) {
+            const int t = part % TILES, step = part / TILES * STEPS, u = step / 4;
+            weights_of<STEPS>(words[t] + u * RAW, stage + scales_at + t * row_warps * SCALE_BYTES, u, step % 4, lane, a[part & 1]);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) Wgmma<TOKENS>::run(acc[t], a[part & 1][j], x + ((step + j) / 2 * TOKENS * 64 + (j & 1) * 32) / 16);
+            wgmma_commit();
+            if (PARTS * TILES % 2 && part == PARTS * TILES - 1) wgmma_wait<0>();
+            else wgmma_wait<1>();  // the part before is done: its registers, and after the first part the slot before, are free
+            if (part == 0 && previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
+        }
+        previous = slot;
+        next_slot();
+    }
+    wgmma_wait<0>();
+    if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
+    const int s_begin = max(begin, w.q_items);  // `item` counts stages so far
+    for (item = s_begin + SALIENT_RUNS * (item - max(begin, q_end)); item < end; item += SALIENT_RUNS * shape.k_groups) {
+        barrier_wait(bars + slot * 16, parity);
+        const uint8_t* stage = shared + slot * shape.slot_bytes;
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            const int row = min(first_tile + row_warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
+            const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
+#pragma unroll
+            for (int h = 0; h < SALIENT_RUNS; ++h) {
+                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + row_warp) * w.s_item_bytes;
+                uint32_t words[8], s[2][4];
+                if (bytes) load_words<4>(from, lane, words, FromShared{});
+                else load_words<8>(from, lane, words, FromShared{});
+                expand_salient(words, bytes, s);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
                 wgmma_fence();
 #pragma unroll
-                for (int j = 0; j < 4; ++j) Wgmma<TOKENS>::run(acc[t], a[step & 1][j], x + ((2 * u + (j >> 1)) * TOKENS * 64 + (j & 1) * 32) / 16);
+                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + (h * TOKENS * 64 + j * 32) / 16);
                 wgmma_commit();
-                if (UNITS * TILES % 2 && step == UNITS * TILES - 1) wgmma_wait<0>();
-                else wgmma_wait<1>();  // the step before is done: its registers, and after the first step its slot, are free
-                if (step == 0 && previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
             }
-            previous = slot;
-            if (++slot == shape.slots) slot = 0, parity ^= 1;
+            wgmma_wait<0>();
         }
-        wgmma_wait<0>();
-        if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
-        for (; item < end; item += SALIENT_RUNS) {
-            barrier_wait(bars + slot * 16, parity);
-            const uint8_t* stage = shared + slot * shape.slot_bytes;
-            const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const int row = min(first_tile + warp + t * fetcher_warp, w.tiles - 1) * 16 + (lane >> 2);
-                const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
-#pragma unroll
-                for (int h = 0; h < SALIENT_RUNS; ++h) {
-                    const uint8_t* from = stage + salient_at + t * SALIENT_RUNS * fetcher_warp * w.s_item_bytes + h * w.s_item_bytes;
-                    uint32_t words[8], s[2][4];
-                    if (bytes) load_words<4>(from, lane, words, FromShared{});
-                    else load_words<8>(from, lane, words, FromShared{});
-                    expand_salient(words, bytes, s);
-#pragma unroll
-                    for (int j = 0; j < 2; ++j)
-#pragma unroll
-                        for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
-                    wgmma_fence();
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + (h * TOKENS * 64 + j * 32) / 16);
-                    wgmma_commit();
-                }
-                wgmma_wait<0>();
-            }
-            if (lane == 0) barrier_arrive(bars + slot * 16 + 8);
-            if (++slot == shape.slots) slot = 0, parity ^= 1;
-        }
+        if (lane == 0) barrier_arrive(bars + slot * 16 + 8);
+        next_slot();
     }
 
-    // Sums to shared memory, [token][rows], where the stages were; then over the CTAs of the cluster, a share of the tokens each.
-    __syncthreads();
-    const int rows = R * 16, pitch = rows + 4;
+    // Sums to shared memory, [k group][token][rows], where the stages were; then over the k groups, then over the CTAs of the cluster, a share of
+    // the tokens each.
+    sync_warps(fetcher_warp);
+    const int rows = R * 16, pitch = rows + 4, here = min(TOKENS, shape.tokens - token), threads = 32 * fetcher_warp;
     float* sums = reinterpret_cast<float*>(shared);
-    if (warp != fetcher_warp) {
+    float* mine = sums + k_group * TOKENS * pitch;
 #pragma unroll
-        for (int t = 0; t < TILES; ++t)
+    for (int t = 0; t < TILES; ++t)
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; ++i)
-                sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (warp + t * fetcher_warp) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
+        for (int i = 0; i < TOKENS / 2; ++i)
+            mine[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (row_warp + t * row_warps) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
+    sync_warps(fetcher_warp);
+    if (shape.k_groups > 1 || shape.splits == 1) {
+        for (int o = threadIdx.x; o < here * rows / 4; o += threads) {
+            const int m = o / (rows / 4), row = 4 * (o % (rows / 4));
+            float total[4] = {};
+            for (int k = 0; k < shape.k_groups; ++k) {
+                const float4 v = *reinterpret_cast<const float4*>(sums + (k * TOKENS + m) * pitch + row);
+                total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
+            }
+            if (shape.splits == 1) store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
+            else *reinterpret_cast<float4*>(sums + m * pitch + row) = make_float4(total[0], total[1], total[2], total[3]);
+        }
     }
-    if (shape.splits == 1) __syncthreads();
-    else cluster_sync();
-    const int here = min(TOKENS, shape.tokens - token);
-    for (int o = threadIdx.x + blockDim.x * split; o < here * rows / 4; o += blockDim.x * shape.splits) {
-        const int m = o / (rows / 4), row = 4 * (o % (rows / 4)), out = first_tile * 16 + row;
-        if (out >= w.out_features) continue;
+    if (shape.splits == 1) return;
+    cluster_sync();
+    for (int o = threadIdx.x + threads * split; o < here * rows / 4; o += threads * shape.splits) {
+        const int m = o / (rows / 4), row = 4 * (o % (rows / 4));
         float total[4] = {};
-        const float4 mine = *reinterpret_cast<const float4*>(sums + m * pitch + row);
-        if (shape.splits == 1) total[0] = mine.x, total[1] = mine.y, total[2] = mine.z, total[3] = mine.w;
-        else for (int s = 0; s < shape.splits; ++s) add_remote(total, slots + (m * pitch + row) * 4, s);
-        store_four(w, y, y_stride, token + m, out, total);
+        for (int s = 0; s < shape.splits; ++s) add_remote(total, slots + (m * pitch + row) * 4, s);
+        store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
     }
-    if (shape.splits > 1) cluster_sync();  // nobody leaves while its sums are being read
+    cluster_sync();  // nobody leaves while its sums are being read
 }
 
 }  // namespace rosaq

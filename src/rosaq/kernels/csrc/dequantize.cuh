@@ -10,19 +10,18 @@ __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Weight
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int item = blockIdx.x * 8 + warp, row_tile = blockIdx.y;
     if (item >= w.q_items + w.s_items) return;
-    const uint8_t* stream = w.stream + row_tile * w.tile_bytes;
     const bool salient = item >= w.q_items, bytes = w.salient_scales != nullptr;
     uint32_t words[WORDS > 8 ? WORDS : 8];
     if (!salient) {
-        load_words<WORDS>(stream + int64_t(item) * CODE_BYTES, lane, words, FromGlobal{});
+        load_words<WORDS>(codes_of(w, item, row_tile), lane, words, FromGlobal{});
     } else {
-        const uint8_t* from = stream + w.salient_offset + int64_t(item - w.q_items) * w.s_item_bytes;
+        const uint8_t* from = salient_of(w, item - w.q_items, row_tile);
         FromGlobal{}.four(from + 16 * lane, words);
         if (!bytes) FromGlobal{}.four(from + 512 + 16 * lane, words + 4);
     }
     auto group = [&](int run) {
         uint32_t pair[2];
-        FromGlobal{}.two(stream + w.scales_offset + item * SCALE_BYTES + run / GROUP_RUNS * GROUP_BYTES + 8 * g, pair);
+        FromGlobal{}.two(scales_of(w, item, row_tile) + run / GROUP_RUNS * GROUP_BYTES + 8 * g, pair);
         return make_group(make_uint2(pair[0], pair[1]));
     };
 #pragma unroll

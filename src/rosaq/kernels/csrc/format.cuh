@@ -1,12 +1,14 @@
 // The repacked weight, and how one warp turns it into tensor-core operands.
 //
 // Outputs are cut into row tiles of 16, inputs into runs of 32 channels. A warp multiplies with m16n8k16 instructions (or, four warps
-// together, with wgmma m64nNk16): the weights are the 16-row A operand, the tokens its columns. The stream of a row tile is
+// together, with wgmma m64nNk16): the weights are the 16-row A operand, the tokens its columns. The stream is
 //
-//   q_items blocks of codes, UNITS units of 64 channels each (every block starts at a multiple of 128 bytes, which the copies like);
-//   q_items times GROUPS groups of 64 bytes: for g = 0..7 the scales (float16) of rows g and g + 8, then their offsets (type of x);
-//   zeros up to a multiple of 128 bytes;
-//   s_items salient runs, float16 / bfloat16 (1024 bytes) or 8-bit codes (512 bytes).
+//   q_items times `tiles` blocks of codes, UNITS units of 64 channels each (every block starts at a multiple of 128 bytes, which the copies like);
+//   q_items times `tiles` times GROUPS groups of 64 bytes: for g = 0..7 the scales (float16) of rows g and g + 8, then their offsets (type of x);
+//   s_items times `tiles` salient runs, float16 / bfloat16 (1024 bytes) or 8-bit codes (512 bytes);
+//
+// each part from a multiple of 128 bytes on, zeros after the last. What all row tiles need of the same channels lies together, since that is about
+// what the multiprocessors read at the same time: memory is fastest where neighbours are read together.
 //
 // In a unit, lane 4 g + t holds rows g and g + 8 and channels 16 j + 2 t + {0, 1, 8, 9} of each step j = 0..3, that is 16 pairs
 // i = 4 j + p of neighbouring channels, p = 0..3 being the registers a0..a3 of the A operand (p odd: row g + 8):
@@ -54,8 +56,7 @@ struct Weights {
     const uint8_t* stream;
     const __half* salient_scales;  // (16 tiles,) or null: salient channels are float16 / bfloat16
     const void* bias;              // (out_features,) in the type of x, or null
-    int64_t tile_bytes;            // bytes of one row tile's stream
-    int64_t scales_offset, salient_offset;  // within a row tile's stream
+    int64_t scales_offset, salient_offset;  // where these parts of the stream start
     int32_t out_features, tiles, q_items, s_items, s_item_bytes;
     // Where runs lie in a row of x: run r of a kind is in block r / runs_per_block, 32 (r % runs_per_block) channels after `offset`.
     int32_t blocks, block_size, q_runs_per_block, q_valid, q_offset, s_runs_per_block, s_valid, s_offset;
@@ -63,6 +64,13 @@ struct Weights {
 
 // Items are the quantized blocks of a row tile, then its salient runs. First run that an item meets:
 __host__ __device__ inline int item_run(const Weights& w, int i) { return i <= w.q_items ? i * RUNS : w.q_items * RUNS + (i - w.q_items); }
+__device__ inline const uint8_t* codes_of(const Weights& w, int item, int tile) { return w.stream + (int64_t(item) * w.tiles + tile) * CODE_BYTES; }
+__device__ inline const uint8_t* scales_of(const Weights& w, int item, int tile) {
+    return w.stream + w.scales_offset + (int64_t(item) * w.tiles + tile) * SCALE_BYTES;
+}
+__device__ inline const uint8_t* salient_of(const Weights& w, int item, int tile) {  // items here start at the first salient one
+    return w.stream + w.salient_offset + (int64_t(item) * w.tiles + tile) * w.s_item_bytes;
+}
 // r / divisor for 0 <= r < 65536, given 2^32 / divisor rounded up (0 for divisor 1).
 __device__ inline int divide(int r, uint32_t reciprocal) { return reciprocal ? int(__umulhi(uint32_t(r), reciprocal)) : r; }
 

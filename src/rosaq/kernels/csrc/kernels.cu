@@ -45,12 +45,12 @@ int tensor_map(CUtensorMap* map, CUtensorMapDataType type, int dimensions, const
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS;
 }
 
-// Items of `bytes` bytes, in `parts` parts each, `offset` bytes into the stream of every tile; a box is one item of R tiles.
-int weight_map(CUtensorMap* map, const Weights* w, int64_t offset, int bytes, int parts, int items, unsigned R) {
-    const cuuint64_t wide = bytes / 8 / parts, sizes[3] = {wide, cuuint64_t(items) * parts, cuuint64_t(w->tiles)};
-    const cuuint64_t strides[2] = {wide * 8, cuuint64_t(w->tile_bytes)};
-    const cuuint32_t box[3] = {cuuint32_t(wide), cuuint32_t(parts), R};
-    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, w->stream + offset, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
+// Items of `bytes` bytes per tile, in `parts` parts each, from `offset` bytes into the stream on; a box is `runs` items of R tiles.
+int weight_map(CUtensorMap* map, const Weights* w, int64_t offset, int bytes, int parts, int items, unsigned R, unsigned runs) {
+    const cuuint64_t wide = bytes / 8 / parts, tiles = w->tiles, sizes[4] = {wide, cuuint64_t(parts), tiles, cuuint64_t(items)};
+    const cuuint64_t strides[3] = {wide * 8, cuuint64_t(bytes), tiles * bytes};
+    const cuuint32_t box[4] = {cuuint32_t(wide), cuuint32_t(parts), R, runs};
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 4, w->stream + offset, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 // x as (32 channels, tokens, runs of a block, blocks) from channel `offset` on; a box is `runs` runs of a tile of tokens.
@@ -80,18 +80,18 @@ int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int6
                 cudaStream_t stream) {
     const unsigned R = shape.row_tiles;
     BatchMaps maps;
-    int failed = weight_map(&maps.codes, w, 0, CODE_BYTES, CODE_PARTS, w->q_items, R);
-    failed |= weight_map(&maps.scales, w, w->scales_offset, SCALE_BYTES, 1, w->q_items, R);
+    int failed = weight_map(&maps.codes, w, 0, CODE_BYTES, CODE_PARTS, w->q_items, R, 1);
+    failed |= weight_map(&maps.scales, w, w->scales_offset, SCALE_BYTES, 1, w->q_items, R, 1);
     failed |= x_map(&maps.q_x, w, x, w->q_offset, x_stride, shape.tokens, token_tile, w->q_runs_per_block, RUNS);
     if (w->s_items) {
-        failed |= weight_map(&maps.salient, w, w->salient_offset, SALIENT_RUNS * w->s_item_bytes, 1, w->s_items / SALIENT_RUNS, R);
+        failed |= weight_map(&maps.salient, w, w->salient_offset, w->s_item_bytes, 1, w->s_items, R, SALIENT_RUNS);
         failed |= x_map(&maps.s_x, w, x, w->s_offset, x_stride, shape.tokens, token_tile, w->s_runs_per_block, SALIENT_RUNS);
     }
     if (failed) return cudaErrorInvalidValue;
     const dim3 grid(blocks_of(w->tiles, R), shape.splits, blocks_of(shape.tokens, token_tile));
     const bool twice = shape.row_tiles == 8 * shape.warp_groups;
     auto kernel = token_tile == 32 ? (twice ? batch<32, 2> : batch<32, 1>) : token_tile == 64 ? (twice ? batch<64, 2> : batch<64, 1>) : batch<128, 1>;
-    return launch(kernel, grid, shape.warp_groups * 128 + 32, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
+    return launch(kernel, grid, (shape.warp_groups * shape.k_groups + 1) * 128, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
                   static_cast<uint16_t*>(y), y_stride, shape);
 }
 
