@@ -180,15 +180,21 @@ def compare_small(bits: int, steps: int) -> None:
             print(f"small random Llama, {name:42} relative error of the logits {float(error):.4f}", flush=True)
 
 
-def main() -> None:
-    """Print one row per method and implementation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def model_parser(description: str | None, samples: int, every: int) -> argparse.ArgumentParser:
+    """Options of a model, its calibration and its evaluation, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("data", help="folder with wiki.test.raw")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--every", type=int, default=12, help="of the evaluation windows, each so-many-th")
+    parser.add_argument("--every", type=int, default=every, help="of the evaluation windows, each so-many-th")
+    return parser
+
+
+def main() -> None:
+    """Print one row per method and implementation."""
+    parser = model_parser(__doc__, 32, 12)
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")

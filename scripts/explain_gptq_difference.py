@@ -7,14 +7,13 @@ Then its rounding is run again: with its moments or ours, with its grids (float3
 u uniform within half of FP16's relative spacing, which is chance.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from compare_llm_compressor import GROUP, save_dense, theirs
+from compare_llm_compressor import GROUP, model_parser, save_dense, theirs
 from compressed_tensors.quantization import QuantizationArgs
 from llmcompressor.modifiers.gptq import base
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
@@ -67,13 +66,7 @@ def our_moments(source: rosaq.Source, windows: torch.Tensor) -> Tensors:
 
 def main() -> None:
     """Print a row for each exchange."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("data", help="folder with wiki.test.raw")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--every", type=int, default=37, help="of the evaluation windows, each so-many-th")
+    parser = model_parser(__doc__, 8, 37)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=6, help="of the perturbed scales")
     arguments = parser.parse_args()

@@ -28,6 +28,11 @@ SMALL = load_recipe("rosaq-int4").replace(group_size=32, salient=16, salient_per
 IDS = torch.arange(3, 43).view(2, 20)
 
 
+def fail(*_: object) -> None:
+    """In place of a stage that is not reached, or must not run again."""
+    raise RuntimeError("the power is gone")
+
+
 def option(bits: int, loss: float) -> Option:
     return Option(SiteForm(4, bits, 64), bits, loss)
 
@@ -126,9 +131,6 @@ def test_gradient_weights_make_other_codes_and_go_on_where_they_were(saved, text
     read = lambda name: (tmp_path / name / "model.safetensors").read_bytes()  # noqa: E731
     assert read("equal") != read("whole")
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("the power is gone")
-
     with monkeypatch.context() as patch:
         patch.setattr("rosaq.pipeline.quantize_table", fail)
         with pytest.raises(RuntimeError, match="power"):
@@ -171,9 +173,6 @@ def test_a_run_that_ended_goes_on_with_the_same_allocation(saved, text_file, tmp
     source, text = str(saved("llama")), Calibration(str(text_file), 8, 32)
     recipe = SMALL.replace(target_bits=4.2)
     quantize(source, tmp_path / "whole", recipe, text, "cpu")
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("the power is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr("rosaq.pipeline.quantize_table", fail)

@@ -62,7 +62,7 @@ def vllm_options(config: Any, settings: Settings) -> dict[str, Any]:
 def time_vllm(case: Case, settings: Settings, turn: Callable[[], None]) -> dict[str, Any]:
     """Steps of vLLM's own engine, all sequences decoding together."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # who has asked torch for a GPU cannot fork for it any more
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # who has asked torch for a GPU cannot fork for it any more
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM, SamplingParams  # noqa: PLC0415  (only in the process that runs it, after the environment is set)
