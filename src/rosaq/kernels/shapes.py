@@ -29,7 +29,7 @@ class BatchShape(ctypes.Structure):
     """`BatchShape` of csrc/batch.cuh."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "k_groups", "splits", "slots", "slot_bytes", "row_tiles")
+        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes", "row_tiles")
     ]
     _fields_ += [("begin", ctypes.c_uint16 * 10)]
 
@@ -144,7 +144,7 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
         if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
             continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        sizes = BatchShape(tokens, groups, 1, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
+        sizes = BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
         found[groups, twice, splits, slots] = Shape(sizes, tile)
     return list(found.values())
 

@@ -13,7 +13,6 @@ namespace rosaq {
 
 struct BatchShape {
     int tokens, warp_groups;
-    int k_groups;  // 1: several that take turns at the stages need two slots each, or they wait for each other for ever; not tried since (docs/log.md)
     int splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
@@ -125,7 +124,6 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     extern __shared__ __align__(1024) uint8_t shared[];
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is one value per warp
     const int lane = threadIdx.x & 31, row_warps = 4 * shape.warp_groups, R = row_warps * TILES;
-    const int fetcher_warp = row_warps * shape.k_groups, k_group = warp / row_warps, row_warp = warp - k_group * row_warps;
     const int split = shape.splits == 1 ? 0 : blockIdx.y, first_tile = blockIdx.x * R, token = blockIdx.z * TOKENS;
     const uint32_t slots = shared_address(shared), bars = slots + shape.slots * shape.slot_bytes;  // per slot: full, empty
     const int begin = shape.begin[split], end = shape.begin[split + 1];
@@ -136,9 +134,9 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     __syncthreads();
     let_next_start();
 
-    if (warp >= fetcher_warp) {
+    if (warp >= row_warps) {
         give_registers();
-        if (warp == fetcher_warp && lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
+        if (warp == row_warps && lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
         return;
     }
     take_registers();
@@ -149,20 +147,18 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
         for (int i = 0; i < TOKENS / 2; ++i) acc[t][i] = 0.f;
 
     const bool bytes = w.salient_scales != nullptr;
-    const uint32_t codes_at = RUNS * TOKENS * 64 + row_warp * CODE_BYTES;
-    const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + row_warp * SCALE_BYTES;
+    const uint32_t codes_at = RUNS * TOKENS * 64 + warp * CODE_BYTES;
+    const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + warp * SCALE_BYTES;
     const uint32_t salient_at = SALIENT_RUNS * TOKENS * 64;
     constexpr int STEPS = TOKENS * TILES == 128 ? 2 : 4, PARTS = UNITS * 4 / STEPS;  // of a unit multiplied together; where registers are short, two
     uint32_t a[2][STEPS][4];
-    int slot = k_group, previous = -1;
+    int slot = 0, previous = -1;
     uint32_t parity = 0;
     auto next_slot = [&]() {
-        slot += shape.k_groups;
-        if (slot >= shape.slots) slot -= shape.slots, parity ^= 1;
+        if (++slot == shape.slots) slot = 0, parity ^= 1;
     };
     const int q_end = min(end, w.q_items);
-    int item = begin + k_group;
-    for (; item < q_end; item += shape.k_groups) {
+    for (int item = begin; item < q_end; ++item) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
         const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
@@ -186,18 +182,17 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     }
     wgmma_wait<0>();
     if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
-    const int s_begin = max(begin, w.q_items);  // `item` counts stages so far
-    for (item = s_begin + SALIENT_RUNS * (item - max(begin, q_end)); item < end; item += SALIENT_RUNS * shape.k_groups) {
+    for (int item = max(begin, w.q_items); item < end; item += SALIENT_RUNS) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
         const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
-            const int row = min(first_tile + row_warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
+            const int row = min(first_tile + warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
             const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
 #pragma unroll
             for (int h = 0; h < SALIENT_RUNS; ++h) {
-                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + row_warp) * w.s_item_bytes;
+                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + warp) * w.s_item_bytes;
                 uint32_t words[8], s[2][4];
                 if (bytes) load_words<4>(from, lane, words, FromShared{});
                 else load_words<8>(from, lane, words, FromShared{});
@@ -217,31 +212,25 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
         next_slot();
     }
 
-    // Sums to shared memory, [k group][token][rows], where the stages were; then over the k groups, then over the CTAs of the cluster, a share of
-    // the tokens each.
-    sync_warps(fetcher_warp);
-    const int rows = R * 16, pitch = rows + 4, here = min(TOKENS, shape.tokens - token), threads = 32 * fetcher_warp;
+    // Sums to shared memory, [token][rows], where the stages were; then over the CTAs of the cluster, a share of the tokens each.
+    sync_warps(row_warps);
+    const int rows = R * 16, pitch = rows + 4, here = min(TOKENS, shape.tokens - token), threads = 32 * row_warps;
     float* sums = reinterpret_cast<float*>(shared);
-    float* mine = sums + k_group * TOKENS * pitch;
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i)
-            mine[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (row_warp + t * row_warps) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
-    sync_warps(fetcher_warp);
-    if (shape.k_groups > 1 || shape.splits == 1) {
+            sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (warp + t * row_warps) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
+    sync_warps(row_warps);
+    if (shape.splits == 1) {
         for (int o = threadIdx.x; o < here * rows / 4; o += threads) {
             const int m = o / (rows / 4), row = 4 * (o % (rows / 4));
-            float total[4] = {};
-            for (int k = 0; k < shape.k_groups; ++k) {
-                const float4 v = *reinterpret_cast<const float4*>(sums + (k * TOKENS + m) * pitch + row);
-                total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
-            }
-            if (shape.splits == 1) store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
-            else *reinterpret_cast<float4*>(sums + m * pitch + row) = make_float4(total[0], total[1], total[2], total[3]);
+            const float4 v = *reinterpret_cast<const float4*>(sums + m * pitch + row);
+            const float total[4] = {v.x, v.y, v.z, v.w};
+            store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
         }
+        return;
     }
-    if (shape.splits == 1) return;
     cluster_sync();
     for (int o = threadIdx.x + threads * split; o < here * rows / 4; o += threads * shape.splits) {
         const int m = o / (rows / 4), row = 4 * (o % (rows / 4));

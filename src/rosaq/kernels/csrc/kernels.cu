@@ -91,7 +91,7 @@ int rosaq_batch(const Weights* w, const void* x, int64_t x_stride, void* y, int6
     const dim3 grid(blocks_of(w->tiles, R), shape.splits, blocks_of(shape.tokens, token_tile));
     const bool twice = shape.row_tiles == 8 * shape.warp_groups;
     auto kernel = token_tile == 32 ? (twice ? batch<32, 2> : batch<32, 1>) : token_tile == 64 ? (twice ? batch<64, 2> : batch<64, 1>) : batch<128, 1>;
-    return launch(kernel, grid, (shape.warp_groups * shape.k_groups + 1) * 128, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
+    return launch(kernel, grid, (shape.warp_groups + 1) * 128, shape.slots * (shape.slot_bytes + 16), shape.splits, overlap, stream, *w, maps,
                   static_cast<uint16_t*>(y), y_stride, shape);
 }
 
