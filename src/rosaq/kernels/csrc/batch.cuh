@@ -14,16 +14,18 @@ namespace rosaq {
 struct BatchShape {
     int tokens, warp_groups;
     int splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
+    int wide;            // x comes in boxes of 64 channels instead of 32
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
 
 // Tensors that the copy engine reads; made on the host for each launch. Weights in units of 8 bytes, x in channels.
 struct BatchMaps {
     CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, parts, tiles, items)
-    CUtensorMap q_x, s_x;                // (32 channels, tokens, runs of a block, blocks)
+    CUtensorMap q_x, s_x;                // (32 or 64 channels, tokens, runs of a block, blocks)
 };
 constexpr int CODE_PARTS = CODE_BYTES > 2048 ? 2 : 1;  // a box is at most 256 units wide
 constexpr int SALIENT_RUNS = 2;                        // per stage
+constexpr int AHEAD = 2;  // stages whose weights are fetched before x may be read: of more, the first x would wait behind the last weights
 
 __device__ inline void copy_weights(uint32_t to, const CUtensorMap* map, int item, int tile, uint32_t bar) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::"r"(to),
@@ -41,9 +43,9 @@ template <int PENDING>
 __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// B operand: TOKENS rows of 64 bytes, 64-byte swizzle, groups of 8 rows 512 bytes apart.
-__device__ inline uint64_t x_descriptor(uint32_t address) {
-    return uint64_t((address & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(32) << 32) | (uint64_t(2) << 62);
+// B operand: TOKENS rows of 64 (128) bytes, swizzled over as many, groups of 8 rows 512 (1024) bytes apart.
+__device__ inline uint64_t x_descriptor(uint32_t address, bool wide) {
+    return uint64_t((address & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(wide ? 64 : 32) << 32) | (uint64_t(wide ? 1 : 2) << 62);
 }
 
 // Where a stage's runs of x start; moves on without divisions.
@@ -77,21 +79,19 @@ __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, con
     };
     auto next = [&](int item) { return item < w.q_items ? item + 1 : item + SALIENT_RUNS; };
     int item = begin;
-    for (int s = 0; s < shape.slots && item < end; ++s, item = next(item)) weights(item, s);
+    for (int s = 0; s < AHEAD && item < end; ++s, item = next(item)) weights(item, s);
     wait_for_previous();
     Place q(w.q_runs_per_block, RUNS, begin), s(w.s_runs_per_block, SALIENT_RUNS, max(0, begin - w.q_items) / SALIENT_RUNS);
     item = begin;
     for (int i = 0, slot = 0, parity = 1; item < end; ++i) {
-        if (i >= shape.slots) {
-            barrier_wait(bars + slot * 16 + 8, parity);
-            weights(item, slot);
-        }
+        if (i >= shape.slots) barrier_wait(bars + slot * 16 + 8, parity);
+        if (i >= AHEAD) weights(item, slot);
         const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
         if (item < w.q_items) {
-            copy_x(to, &maps.q_x, token, q.within, q.block, bar);
+            copy_x(to, &maps.q_x, token, q.within >> shape.wide, q.block, bar);
             q.advance();
         } else {
-            copy_x(to, &maps.s_x, token, s.within, s.block, bar);
+            copy_x(to, &maps.s_x, token, s.within >> shape.wide, s.block, bar);
             s.advance();
         }
         item = next(item);
@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
         return;
     }
     take_registers();
+    const uint64_t half = (shape.wide ? 64 : TOKENS * 64) / 16;  // from the first 32 channels of 64 to the others
     float acc[TILES][TOKENS / 2];
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     for (int item = begin; item < q_end; ++item) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
-        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes, shape.wide);
         uint32_t words[TILES][WORDS];
 #pragma unroll
         for (int t = 0; t < TILES; ++t) load_words<WORDS>(stage + codes_at + t * row_warps * CODE_BYTES, lane, words[t], FromShared{});
@@ -171,7 +172,8 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
             weights_of<STEPS>(words[t] + u * RAW, stage + scales_at + t * row_warps * SCALE_BYTES, u, step % 4, lane, a[part & 1]);
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j) Wgmma<TOKENS>::run(acc[t], a[part & 1][j], x + ((step + j) / 2 * TOKENS * 64 + (j & 1) * 32) / 16);
+            for (int j = 0; j < STEPS; ++j)
+                Wgmma<TOKENS>::run(acc[t], a[part & 1][j], x + ((step + j) / 4 * TOKENS * 128 + (j & 1) * 32) / 16 + ((step + j) & 2 ? half : 0));
             wgmma_commit();
             if (PARTS * TILES % 2 && part == PARTS * TILES - 1) wgmma_wait<0>();
             else wgmma_wait<1>();  // the part before is done: its registers, and after the first part the slot before, are free
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     for (int item = max(begin, w.q_items); item < end; item += SALIENT_RUNS) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
-        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes, shape.wide);
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
             const int row = min(first_tile + warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
                     for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
                 wgmma_fence();
 #pragma unroll
-                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + (h * TOKENS * 64 + j * 32) / 16);
+                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + j * 32 / 16 + (h ? half : 0));
                 wgmma_commit();
             }
             wgmma_wait<0>();
