@@ -27,7 +27,7 @@ from rosaq.recipe import Recipe
 from rosaq.rounding.clipping import SHARES, SHRUNK, UNCLIPPED
 from rosaq.rounding.scaling import STEPS
 from rosaq.run import Means, Run
-from rosaq.sensitivity import LOGITS_BYTES, held_states
+from rosaq.sensitivity import LOGITS_BYTES
 from rosaq.skeleton import meta_model
 from rosaq.source import Source, is_hub_id, open_source, read_hub_config
 from rosaq.statistics import check_length, compute_dtype
@@ -132,8 +132,7 @@ def forecast(
     a, plan, cuda = source.architecture, _targeted(make_plan(recipe, source.architecture, source.biases()), recipe, source), device.startswith("cuda")
     run = Run(source, recipe, plan, device, ALONE, Clock(), no_progress)
     windows = torch.empty(calibration.samples, calibration.seq_len, device="meta")
-    states = held_states(a.layers) if run.backward else 1
-    work, place = run.work(windows, states), run.flow(windows, means, Path(), states).place
+    work, place = run.work(windows, run.states), run.flows(windows, means, None)[1].place
     free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
     rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
     on_host = work.host + (work.activations if place == "host" else 0)

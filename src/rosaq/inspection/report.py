@@ -84,7 +84,7 @@ def inspect(
         errors = []
         deque(seen(), 0)
     else:
-        errors = checkpoint_errors(source, checkpoint, statistics, seen(), device)
+        errors = checkpoint_errors(source, checkpoint, statistics, seen(), device, progress)
     return {
         "model": source.name,
         "calibration": statistics.record,
