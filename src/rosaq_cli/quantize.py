@@ -56,8 +56,7 @@ def quantize(
     changes = {"salient": salient, "salient_per_head": salient_per_head, "salient_down": salient_down}
     chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, target_bits=target_bits, **changes)
     host, gpu = (None if size is None else parse_size(size) for size in (max_memory, max_device_memory))
-    means = Means(host, force, gpu)
-    text = Calibration(calibration, samples, seq_len, seed)
+    means, text = Means(host, force, gpu), Calibration(calibration, samples, seq_len, seed)
     if plan:
         from rosaq.forecast import forecast
 
@@ -68,11 +67,9 @@ def quantize(
         first = current_ranks().first
         with stage_bars(quiet or json_output or not first) as progress:
             report = run(model, output, chosen, text, own_device, progress, means)
-    if not first:
-        return
-    if json_output:
+    if first and json_output:
         show_json(vars(report))
-    elif not quiet:
+    elif first and not quiet:
         _show_report(f"{output}: {chosen.name}", report)
 
 
