@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rosaq_cli.plan import PLACES, show_plan
+from rosaq_cli.plan import PLACES, show_plan, size_rows
 from rosaq_cli.recipes import complete_recipe
 from rosaq_cli.screen import show_json, show_table, stage_bars
 
@@ -76,8 +76,7 @@ def quantize(
 def _show_report(title: str, report: "Report") -> None:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     rows = [
-        ["bits per weight", f"{report.bits_per_weight:.3f}"],
-        ["checkpoint", f"{report.checkpoint_bytes / 1e6:.1f} MB, {report.original_bytes / report.checkpoint_bytes:.2f} times smaller than FP16"],
+        *size_rows(report),
         ["FP16 file", f"{report.original_bytes / 1e6:.1f} MB"],
         ["time", f"{sum(report.seconds.values()):.1f} s: {stages}"],
         ["peak host memory", f"{report.peak_host_bytes / 2**30:.2f} GiB"],
