@@ -1,6 +1,5 @@
 """What rounding loses in each layer: of the weight, and of the layer's output on the calibration text."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,16 +7,17 @@ from pathlib import Path
 import torch
 
 from rosaq.architecture import LINEARS, SITES
-from rosaq.checkpoint import verify
+from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.clock import Progress, no_progress
 from rosaq.distributed import ALONE
+from rosaq.engines.transformers import RosaqConfig
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
 from rosaq.run import Means, Run
-from rosaq.safetensors_folder import SafetensorsFolder
+from rosaq.safetensors_folder import SafetensorsFolder, read_json
 from rosaq.source import Source
 from rosaq.statistics import Statistics
 
@@ -99,13 +99,15 @@ def checkpoint_errors(
     Raises:
         ValueError: the checkpoint was calibrated on other windows, or is not this model's.
     """
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     verify(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    found, wanted = config["calibration"].get("windows_sha256"), statistics.record["windows_sha256"]
+    config = RosaqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    found, wanted = config.calibration.get("windows_sha256"), statistics.record["windows_sha256"]
     if found != wanted:
         raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
     tensors = SafetensorsFolder(folder)
-    job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
+    job = make_job(source, Recipe.from_dict(config.recipe, str(folder)), statistics, device)
     for role, module in LINEARS.items():
         name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.blocks[0][role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
