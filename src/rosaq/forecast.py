@@ -17,6 +17,8 @@ from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, no_progress
 from rosaq.device import resolve_device
+from rosaq.distillation import Settings
+from rosaq.distillation.training import CHUNK_BYTES
 from rosaq.distributed import ALONE
 from rosaq.learned import BATCH
 from rosaq.memory import available_bytes, resident_bytes
@@ -34,6 +36,7 @@ from rosaq.statistics import check_length, compute_dtype
 
 REACHED = {"cpu": 0.85, "cuda": 0.55}  # share of a bare product's rate that blocks reach; cuda: an estimate
 BACKWARD = 4  # times a pass forward: once forward, once more for the inputs, and back
+DISTILLING = 10  # operations a weight and token: the teacher forward, the student forward, once more, and back
 EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
 EIGEN_RATE = 0.2
 COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel
@@ -137,14 +140,17 @@ def forecast(
     free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
     rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
     on_host = work.host + (work.activations if place == "host" else 0)
+    if recipe.distillation_windows and not cuda:
+        on_host = max(on_host, distillation_bytes(a, 4, calibration.seq_len))
     beside = kept_bytes(a, recipe, compute_dtype(source, device).itemsize) + (work.activations if place == "disk" else 0)
+    beside += plan.checkpoint_bytes if recipe.distillation_windows else 0  # the one that is not distilled yet
     if recipe.token_weights == "gradient":
         beside += 4 * windows.numel() * a.layers * len(SITES)
     return Forecast(
         source.name, recipe.name, torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
         on_host + resident_bytes(), available_bytes() + resident_bytes() if means.max_memory is None else means.max_memory,
-        device_bytes(a, recipe, work.activations if place == "device" else 0) if cuda else 0,
+        device_bytes(a, recipe, work.activations if place == "device" else 0, calibration.seq_len) if cuda else 0,
         free,
         plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
         stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
@@ -177,7 +183,7 @@ def kept_bytes(a: Architecture, recipe: Recipe, itemsize: int) -> int:
     return a.layers * block + 2 * 8 * a.hidden**2
 
 
-def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
+def device_bytes(a: Architecture, recipe: Recipe, activations: int, seq_len: int = 2048) -> int:
     """Memory of a CUDA device at the peak: the larger of running a block over a batch and of rounding it, by counting tensors."""
     weights, tokens = sum(_weights(a).values()), BATCH_TOKENS["cuda"]
     whole = recipe.needs_moments or recipe.target_bits > 0
@@ -192,7 +198,20 @@ def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
     model = 0
     if recipe.rotation == "learned":
         model = 2 * (weights * a.layers + 2 * a.vocabulary * a.hidden) + 6 * 4 * weights
+    if recipe.distillation_windows:
+        model = max(model, distillation_bytes(a, 2, seq_len))
     return activations + max(running, rounding, table, model)
+
+
+def distillation_bytes(a: Architecture, itemsize: int, seq_len: int) -> int:
+    """Memory of the device that distillation takes at least: the original, a byte a code, float32 tables, inputs of all blocks, logits."""
+    weights, table, tokens = a.layers * sum(_weights(a).values()), a.vocabulary * a.hidden, Settings().batch * seq_len
+    return (
+        weights * (itemsize + 1)
+        + table * 2 * (itemsize + 4)
+        + tokens * a.hidden * 4 * (a.layers + 1)
+        + 6 * min(CHUNK_BYTES, 4 * tokens * a.vocabulary)
+    )
 
 
 def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Calibration, rates: Rates, kind: str) -> dict[str, float]:
@@ -229,6 +248,9 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
     seconds["preparing"] = a.layers * _preparing(a, recipe, weights, exact, rates)
     seconds["rounding"] = a.layers * _rounding(a, recipe, weights, exact, rates)
     seconds["tables"] = _tables(a, recipe, plan, exact, rates)
+    if recipe.distillation_windows:
+        trained = recipe.distillation_windows * recipe.distillation_epochs * calibration.seq_len
+        seconds["distillation"] = trained * DISTILLING * (a.layers * sum(weights.values()) + a.vocabulary * a.hidden) / product
     passes = 2 + recipe.needs_moments
     reading = passes * 2 * a.layers * sum(weights.values()) / rates.read
     behind = sum(seconds.values()) if kind == "cuda" else 0.0  # on a GPU the next block is read meanwhile
