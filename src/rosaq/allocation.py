@@ -92,17 +92,19 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
     prepared = prepare(job, index, job.source.block(index, job.device), statistics.inputs[index], given)
     found = []
     for number, (site, forms) in enumerate(site_options(recipe).items()):
-        moment_KK, layout = prepared.moment(site, moments[site]), job.plan.blocks[index][SITES[site][0]]
+        moment_KK = prepared.moment(site, moments[site])
         order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
         moment_KK = moment_KK[order][:, order]
-        weights_K = channel_weights(moment_KK, layout, recipe.rounding == "gptq")
+        weights: dict[int, torch.Tensor] = {}  # by salient channels
         weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         options = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
             stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
-            loss = expected_loss(weight_NK, stacked, weights_K, moment_KK, recipe.clipping == "mse") / (2 * len(weight_NK))
+            if form.salient not in weights:
+                weights[form.salient] = channel_weights(moment_KK, stacked, recipe.rounding == "gptq")
+            loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse") / (2 * len(weight_NK))
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found
