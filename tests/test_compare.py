@@ -377,6 +377,6 @@ def test_bits_against_loss(experiment, tmp_path):
     pytest.importorskip("matplotlib")
     figure = pareto.plot(table)
     figure.savefig(tmp_path / "plot.svg")
-    assert {"rtn", "rtn-3.9", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
+    assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()
