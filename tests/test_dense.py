@@ -23,6 +23,7 @@ def checkpoint(saved, text_file, tmp_path):
         sizes = dict(group_size=16, bits=4) | (dict(salient=16, salient_per_head=4) if recipe.salient else {})
         sizes |= dict(salient_down=16) if recipe.salient_down else {}
         sizes |= dict(learning_steps=2) if recipe.learning_steps else {}
+        sizes |= dict(distillation_windows=8, distillation_epochs=1) if recipe.distillation_windows else {}
         quantize(str(saved(family)), tmp_path / "out", recipe.replace(**{**sizes, **changes}), Calibration(str(text_file), 4, 32), "cpu")
         return tmp_path / "out"
 

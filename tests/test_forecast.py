@@ -76,7 +76,9 @@ def total(name="rosaq-int4", shape="llama-2-7b", samples=128, seq_len=2048, kind
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", ["rtn", "rosaq-nearest", "rosaq-int4", "awq", "spinquant-gptq", "rosaq-paper-per-layer", "rosaq-heads-concatenated"])
+@pytest.mark.parametrize(
+    "name", ["rtn", "rosaq-nearest", "rosaq-int4", "rosaq-distilled", "awq", "spinquant-gptq", "rosaq-paper-per-layer", "rosaq-heads-concatenated"]
+)
 def test_more_work_takes_longer(name, kind):
     times = [total(name, samples=samples, kind=kind) for samples in (8, 32, 128, 512)]
     assert times == sorted(times) and len(set(times)) == 4
@@ -141,7 +143,7 @@ def test_little_text_is_looked_at_once_for_an_allocation():
 def test_dearer_methods_take_longer():
     assert total("rtn") < total("rosaq-nearest") < total("rosaq-int4") < total("spinquant-gptq")
     assert total("rosaq-nearest") < total("rosaq-paper-per-layer") and total("rtn") < total("awq")
-    assert total(text="self") > total()
+    assert total(text="self") > total() and total("rosaq-int4") < total("rosaq-distilled")
 
 
 def test_a_target_bounds_the_size_and_costs_passes(saved, tmp_path):
@@ -162,6 +164,7 @@ def test_memory_of_a_device_grows_with_the_model():
     a = Architecture.of(named_config("llama-2-7b"))
     assert device_bytes(a, load_recipe("rosaq-int4"), 0) > device_bytes(a, recipe, 0)
     assert device_bytes(a, load_recipe("spinquant"), 0) > 2 * 6.6e9  # SpinQuant holds the whole model
+    assert device_bytes(a, load_recipe("rosaq-distilled"), 0) > 3 * 6.6e9  # so does distillation, and the codes
     assert kept_bytes(a, load_recipe("rosaq-paper-per-layer"), 2) > kept_bytes(a, recipe, 2)
 
 

@@ -26,7 +26,8 @@ def small(name, **changes):
     sizes = SMALL if recipe.salient else dict(group_size=16)
     sizes = {**sizes, "salient_down": 16} if recipe.salient_down else sizes
     steps = dict(learning_steps=2) if recipe.learning_steps else {}
-    return recipe.replace(**{**sizes, **steps, **changes})
+    trained = dict(distillation_windows=8, distillation_epochs=1) if recipe.distillation_windows else {}
+    return recipe.replace(**{**sizes, **steps, **trained, **changes})
 
 
 @pytest.fixture

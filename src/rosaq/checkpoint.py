@@ -21,7 +21,7 @@ MANIFEST = "rosaq.json"
 def finish_checkpoint(
     work: WorkFolder, shards: ShardFiles, config: Any, manifest: dict[str, Any], texts: dict[str, str], companions: list[Any]
 ) -> None:
-    """Write what stands beside the shards, and give the checkpoint its name.
+    """Write what stands beside the shards; the checkpoint is whole then, in the work folder.
 
     Args:
         work: the run's folder.
@@ -36,7 +36,6 @@ def finish_checkpoint(
     """
     with disk_errors(work.destination):
         write_beside(work.checkpoint, shards.finish(), config, manifest, texts, companions)
-    work.publish()
 
 
 def write_beside(

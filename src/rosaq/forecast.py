@@ -16,6 +16,8 @@ from rosaq.architecture import LINEARS, SITE_NORM, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, no_progress
 from rosaq.device import resolve_device
+from rosaq.distillation import Settings
+from rosaq.distillation.training import CHUNK_BYTES
 from rosaq.distributed import ALONE
 from rosaq.memory import available_bytes, resident_bytes
 from rosaq.moments import BATCH_TOKENS, SAMPLED_TOKENS
@@ -125,14 +127,17 @@ def forecast(
     free = min(torch.cuda.mem_get_info(device)[0], means.max_device_memory or sys.maxsize) if cuda else 0  # before the measurements take some
     rates = rates or measure_rates(source, recipe, device, compute_dtype(source, device))
     on_host = work.host + (work.activations if place == "host" else 0)
+    if recipe.distillation_windows and not cuda:
+        on_host = max(on_host, distillation_bytes(a, 4, calibration.seq_len))
     beside = kept_bytes(a, recipe, compute_dtype(source, device).itemsize) + (work.activations if place == "disk" else 0)
+    beside += plan.checkpoint_bytes if recipe.distillation_windows else 0  # the one that is not distilled yet
     if recipe.token_weights == "gradient":
         beside += 4 * windows.numel() * a.layers * len(SITES)
     return Forecast(
         source.name, recipe.name, torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         source.parameters(), plan.bits_per_weight, plan.checkpoint_bytes, plan.original_bytes, work.activations, place,
         on_host + resident_bytes(), available_bytes() + resident_bytes() if means.max_memory is None else means.max_memory,
-        device_bytes(a, recipe, work.activations if place == "device" else 0) if cuda else 0,
+        device_bytes(a, recipe, work.activations if place == "device" else 0, calibration.seq_len) if cuda else 0,
         free,
         plan.checkpoint_bytes + beside, shutil.disk_usage(_existing(output or Path())).free,
         stage_seconds(a, recipe, plan, calibration, rates, "cuda" if cuda else "cpu"), rates,
@@ -166,7 +171,7 @@ def kept_bytes(a: Architecture, recipe: Recipe, itemsize: int) -> int:
     return a.layers * block + 2 * 8 * a.hidden**2
 
 
-def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
+def device_bytes(a: Architecture, recipe: Recipe, activations: int, seq_len: int = 2048) -> int:
     """Memory of a CUDA device at the peak: the larger of running a block over a batch and of rounding it, by counting tensors."""
     weights, tokens = _weights(a), BATCH_TOKENS["cuda"]
     whole = recipe.needs_moments or recipe.target_bits > 0
@@ -181,4 +186,17 @@ def device_bytes(a: Architecture, recipe: Recipe, activations: int) -> int:
     model = 0
     if recipe.rotation == "learned":
         model = 2 * (weights * a.layers + 2 * a.vocabulary * a.hidden) + 6 * 4 * weights
+    if recipe.distillation_windows:
+        model = max(model, distillation_bytes(a, 2, seq_len))
     return activations + max(running, rounding, table, model)
+
+
+def distillation_bytes(a: Architecture, itemsize: int, seq_len: int) -> int:
+    """Memory of the device that distillation takes at least: the original, a byte a code, float32 tables, inputs of all blocks, logits."""
+    weights, table, tokens = a.layers * _weights(a), a.vocabulary * a.hidden, Settings().batch * seq_len
+    return (
+        weights * (itemsize + 1)
+        + table * 2 * (itemsize + 4)
+        + tokens * a.hidden * 4 * (a.layers + 1)
+        + 6 * min(CHUNK_BYTES, 4 * tokens * a.vocabulary)
+    )

@@ -1,6 +1,7 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rosaq.channel_picture import channel_picture
 from rosaq.checkpoint import check_published, finish_checkpoint, published_recipe, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
+from rosaq.distillation import Settings, distill
 from rosaq.distributed import current_ranks
 from rosaq.job import Job, find_bases, quantize_block, quantize_table
 from rosaq.learned import Learned, learning_key
@@ -25,7 +27,7 @@ from rosaq.recipe import Recipe, load_recipe
 from rosaq.results import Results, block_part, checkpoint_parts
 from rosaq.run import Means, Report, Run
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, calibration_record, measure_durably
+from rosaq.statistics import Statistics, calibration_record, measure_durably, read_windows
 from rosaq.workfolder import WorkFolder, check_destination
 
 LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
@@ -74,17 +76,16 @@ def quantize(
         checkpoint_parts(source, plan)  # refuses what is wrong with the model's tensors
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
+    _check_distillation(run, settings, means)
     with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work, device_bound(device, means.max_device_memory):
         if windows is None:
             assert isinstance(calibration, Calibration)
             windows = run.sampled(calibration, work)
+        if run.ranks.first and work.distilled.is_dir():
+            work.place()
+        run.ranks.wait()
         if work.published:
-            if allocation := published_recipe(work).get("allocation", ""):
-                run = run.allocated(allocation)
-            report = run.report(settings, windows)
-            report.learning = check_published(work, report.lasting()).get("learning", {})
-            if run.ranks.first:
-                work.publish()
+            report = _published(run, work, settings, windows)
         else:
             flows = run.flows(windows, means, work.path)
             measured = calibration if isinstance(calibration, Statistics) else None
@@ -94,8 +95,19 @@ def quantize(
     return report
 
 
+def _published(run: Run, work: WorkFolder, settings: dict[str, Any], windows: torch.Tensor) -> Report:
+    """The report of a checkpoint that has its name already; what is left of the work is removed."""
+    if allocation := published_recipe(work).get("allocation", ""):
+        run = run.allocated(allocation)
+    report = run.report(settings, windows)
+    report.learning = check_published(work, report.lasting()).get("learning", {})
+    if run.ranks.first:
+        work.publish()
+    return report
+
+
 def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[str, Any], calibration: Statistics | torch.Tensor) -> Report:
-    """The stages, each durable: measure, rotate, take gradients, allocate where there is a target, round, write.
+    """The stages, each durable: measure, rotate, take gradients, allocate where there is a target, round, write, distil.
 
     The second flow is of passes backward.
     """
@@ -126,8 +138,42 @@ def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[s
         run.ranks.wait()
         if first:
             _finish(work, results, run, report, _pictures(job, statistics))
+    with run.clock("distillation") if run.recipe.distillation_windows else nullcontext():
+        if first and run.recipe.distillation_windows:
+            _distill(run, work, settings)
+    with run.clock("writing"):
+        if first:
+            work.publish()
         run.ranks.wait()
     return report
+
+
+def _check_distillation(run: Run, settings: dict[str, Any], means: Means) -> None:
+    """Refuse at once what distillation would refuse at the end."""
+    recipe = run.recipe
+    if not recipe.distillation_windows:
+        return
+    if means.max_memory is not None:
+        raise ValueError(f"recipe {recipe.name!r}: distillation holds the whole model, which max-memory is there to avoid; give one or the other")
+    if not {"text", "seed"} <= set(settings):
+        raise ValueError(f"recipe {recipe.name!r}: distillation reads more text than the calibration windows; give a text instead of token ids")
+    text, training = _distillation(recipe, settings)
+    if run.ranks.first and text.text != "self":
+        with run.clock("text"):
+            read_windows(run.source, replace(text, samples=text.samples + training.held_out), run.device, run.progress)
+
+
+def _distillation(recipe: Recipe, settings: dict[str, Any]) -> tuple[Calibration, Settings]:
+    """The text that a recipe trains on, and how."""
+    training = Settings(epochs=recipe.distillation_epochs)
+    if recipe.distillation_windows < training.batch:
+        raise ValueError(f"recipe {recipe.name!r}: distillation_windows is {recipe.distillation_windows}; it must be {training.batch} or more")
+    return Calibration(settings["text"], recipe.distillation_windows, settings["seq_len"], settings["seed"]), training
+
+
+def _distill(run: Run, work: WorkFolder, settings: dict[str, Any]) -> None:
+    """Train what the finished checkpoint keeps precise; the result lies beside it, to be published in its place."""
+    distill(work.checkpoint, run.source, work.distilled, *_distillation(run.recipe, settings), run.device, run.progress)
 
 
 def _laid_out(run: Run, work: WorkFolder) -> Results:

@@ -25,6 +25,7 @@ from rosaq.sensitivity import SEGMENT
 REACHED = {"cpu": 0.85, "cuda": 0.6}  # share of a bare product's rate that stages reach
 COARSE = 0.5  # rate of TF32 products on a GPU, which searches and logits are content with, of that in half precision
 BACKWARD = 4  # times a pass forward: once forward, once more for the inputs, and back, without gradients of weights
+DISTILLING = 10  # operations a weight and token: the teacher forward, the student forward, once more, and back
 EIGEN = 10  # operations over n^3 of an eigendecomposition, which runs at EIGEN_RATE of a product's rate
 EIGEN_RATE = 0.2
 COLUMN_LAUNCHES = 8  # operations that GPTQ starts for each channel on the CPU; on a GPU one kernel takes a group at a time
@@ -92,6 +93,9 @@ def stage_seconds(a: Architecture, recipe: Recipe, plan: Plan, calibration: Cali
     copies, stored = 1 if plan.tied else 2, sum(layout.bits_stored() for layout in plan.tables.values()) / 8
     tables = stored or copies * table
     found["tables"] = copies * reading_table + tables / DISK + _tables(a, recipe, plan, speed)
+    if recipe.distillation_windows:
+        trained = recipe.distillation_windows * recipe.distillation_epochs * calibration.seq_len
+        found["distillation"] = trained * DISTILLING * (a.layers * weights + a.vocabulary * a.hidden) / speed.product
     reading = _readings(recipe, waits) * 2 * a.layers * weights / rates.read
     behind = sum(found.values()) if kind == "cuda" else 0.0  # on a GPU the next block is read meanwhile
     found["reading"] = max(0.0, reading - behind)
@@ -161,7 +165,9 @@ def _allocation(a: Architecture, recipe: Recipe, tokens: int, seq_len: int, spee
     moments = tokens * (_forward(a, seq_len) + 2 * sum(a.width(site) ** 2 for site in SITES)) / speed.product
     options = site_options(recipe)
     fits = sum(len(options[SITE_OF[role]]) * size for role, size in _weights(a).items()) * (len(SHRUNK) if recipe.clipping == "mse" else 1)
-    factors = sum(_factor(a.width(site), speed) for site in SITES) if recipe.rounding == "gptq" else 0.0
+    factors = 0.0
+    if recipe.rounding == "gptq":  # one for each number of salient channels
+        factors = sum(len({form.salient for form in forms}) * _factor(a.width(site), speed) for site, forms in options.items())
     prepared = _preparing(a, recipe, speed) + 2 * weights / speed.rates.read
     return gradients + a.layers * (moments + fits / speed.rates.fitted + factors + prepared)
 
