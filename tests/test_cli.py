@@ -252,6 +252,19 @@ def test_bad_comparisons_leave_nothing(cli, saved, tmp_path):
     assert not out.exists()
 
 
+def test_where_results_go_is_looked_at_before_the_work(cli, saved, text_file, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("this comes after the check")
+
+    for name in ("rosaq.inspection.report.inspect", "rosaq.benchmark.quantizing.benchmark_quantize", "rosaq.benchmark.decoding.benchmark_decoding"):
+        monkeypatch.setattr(name, work)
+    original, below = saved("llama"), text_file / "folder"
+    refused(cli("inspect", original, "-o", below, "--device", "cpu"), below, f"cannot be written: {text_file} is not a folder")
+    benchmark = ("benchmark", "quantize", "tiny", "--folder", tmp_path, "--recipe", "rtn", "-o", below / "x.json")
+    refused(cli(*benchmark), "cannot be written", text_file)
+    refused(cli("benchmark", "decode", "smollm2-135m", "--engine", "transformers", "-o", below / "x.json"), "cannot be written", text_file)
+
+
 def test_a_gguf_file_that_is_cut_short(cli, smollm2, text_file, tmp_path):
     """Anywhere: in its header, among the tokenizer's words, among the weights."""
     short = tmp_path / "short.gguf"

@@ -90,7 +90,7 @@ def quantize(
             flows = run.flows(windows, means, work.path)
             measured = calibration if isinstance(calibration, Statistics) else None
             report = _make(run, work, flows, settings, measured or windows)
-            report.activations = flows[0].place
+            report.activations = flows[1].place
     report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
 

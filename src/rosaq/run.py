@@ -55,7 +55,8 @@ class Report:
         seconds: time of each stage of this process; they add up to the run's.
         peak_host_bytes: of this process, as the operating system has it.
         peak_device_bytes: of PyTorch on the GPU, 0 on the CPU.
-        activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
+        activations: where they were kept, of a pass backward where there is one: "device", "host" or "disk"; "" where the checkpoint was
+            whole already.
         resumed_blocks: decoder blocks that an earlier run had rounded.
         learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
         model: the original's hub id, or the last part of its local path.
