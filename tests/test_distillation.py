@@ -178,7 +178,7 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
 def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
     """With only them trained, only they change, and the divergence on windows held out falls."""
     checkpoint, original = made("llama", "rtn", bits=3)
-    settings = Settings(learning_rates=(0, 0, 0, 2e-1))
+    settings = Settings(epochs=4, learning_rates=(0, 0, 0, 2e-1))
     report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
     assert report.after["kl_divergence"] < 0.6 * report.before["kl_divergence"]
     verify_checkpoint(tmp_path / "out")
@@ -334,7 +334,7 @@ def test_refusals(made, saved, text_file, tmp_path):
     refused("not the folder of a rosaq checkpoint", folder=original)
     refused(
         "on held-out windows rose from .* lower the learning rates",
-        settings=Settings(learning_rates=(0.99, 0.99, 0.99, 0)),
+        settings=Settings(epochs=4, learning_rates=(0.99, 0.99, 0.99, 0)),
         calibration=Calibration(str(text_file), 64, 48),
     )
     with pytest.raises(ValueError, match="learning rates are"):
