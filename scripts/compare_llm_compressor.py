@@ -112,10 +112,10 @@ def compare_codes() -> None:
     loss = moment_loss(moment)
     print(f"one layer, rounded to nearest: loss {loss(dequantize(layout, quantize_linear(weight, layout)) - weight):.0f}")
 
-    def fitted(part: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fitted(part: torch.Tensor, group: int, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return fit_grid(part, 4)
 
-    def fixed(part: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fixed(part: torch.Tensor, group: int, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return scale[:, group : group + 1], zero[:, group : group + 1]
 
     for name, fit, act_order in (("grids as groups come", fitted, False), ("grids fixed before", fixed, False), ("act-order", fitted, True)):

@@ -78,6 +78,17 @@ def test_cells_hold_what_a_run_by_hand_gives(experiment, tmp_path, data):
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
 
 
+def test_a_recipe_may_distil(experiment, tmp_path):
+    """Its cell says what training brought; its rows go with others."""
+    recipe = sized(load_recipe("rosaq-distilled"), **SIZES, salient_down=16).replace(distillation_windows=8, distillation_epochs=1)
+    measured = compare(
+        experiment(recipes=(load_recipe("rtn").replace(group_size=16), recipe), bits=(3,), divergence=True), tmp_path / "out", ("cpu",)
+    )
+    values = {cell.name: values for cell, values in measured}["rosaq-distilled.int3.seed0"]
+    assert values["distillation"]["after"]["kl_divergence"] <= values["distillation"]["before"]["kl_divergence"]
+    assert values["runs"][0]["seconds"]["quantize: distillation"] > 0 and values["figures"]["wikitext2"]["kl_divergence"] > 0
+
+
 def test_the_table(experiment, tmp_path):
     measured = compare(experiment(seeds=(0, 1)), tmp_path / "out", ("cpu",))
     table = table_of(measured)
@@ -366,6 +377,6 @@ def test_bits_against_loss(experiment, tmp_path):
     pytest.importorskip("matplotlib")
     figure = pareto.plot(table)
     figure.savefig(tmp_path / "plot.svg")
-    assert {"rtn", "rtn-3.9", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
+    assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()

@@ -34,6 +34,7 @@ class Statistics:
         residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
         weights: what an error counts at each token (`sensitivity.token_weights`), where a recipe has asked for it; filled by `quantize`.
+        options: forms that sites may get and what they lose (`allocation.Option`), by recipe without its target; filled by `quantize`.
         hold: keep the whole second moments that recipes have asked for; see `moments_fit`.
     """
 
@@ -43,6 +44,7 @@ class Statistics:
     residual: torch.Tensor | None = None
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     weights: list[dict[str, torch.Tensor]] | None = None
+    options: dict[Recipe, Any] = field(default_factory=dict)
     hold: bool = False
     _held: dict[tuple[int, bool], list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
 

@@ -137,9 +137,10 @@ class Worker:
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
                 model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")
+            distilled = read_json(place / MANIFEST).get("distillation") if cell.recipe.distillation_windows else None
             yield model, {
                 "recipe": cell.recipe.to_dict(), "bits": cell.recipe.bits, "bits_per_weight": report.bits_per_weight,
-                "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration,
+                "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration, "distillation": distilled,
             }  # fmt: skip
 
     def _original(self, clock: Clock) -> Any:
