@@ -7,6 +7,7 @@ import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import ceil
 from typing import Any, ClassVar
 
 from rosaq.kernels.measured import CUTS, MEASURED_TOKENS, MULTIPROCESSORS
@@ -15,13 +16,17 @@ from rosaq.kernels.stream import RUN, TILE, Form
 DECODE_TOKENS = 16  # most that the decoding kernel takes
 SHARED_BYTES = 226 * 1024  # that one CTA can have on sm_90, 1024 bytes left for what the compiler adds
 
-DEPTH = {1: 4, 2: 2}  # items that a warp of the decoding kernel fetches ahead, by its row tiles
+BY_THREADS, PACKED, WHOLE = 0, 1, 2  # how the decoding kernel fetches x, see csrc/decode.cuh
+MOST_BARRIERS = 64  # of a CTA, for pieces of x
+TILES, DEPTH = {1: 1, 2: 2, 3: 2}, {1: 4, 2: 2, 3: 3}  # row tiles of a warp of the decoding kernel, and items fetched ahead, by variant
 
 
 class DecodeShape(ctypes.Structure):
     """`DecodeShape` of csrc/decode.cuh."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_int32) for name in ("tokens", "row_warps", "k_warps", "splits", "x_bytes")]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        (name, ctypes.c_int32) for name in ("tokens", "row_warps", "k_warps", "splits", "sharing", "chunks", "way", "pitch", "x_bytes")
+    ]
     _fields_ += [("q_reciprocal", ctypes.c_uint32), ("s_reciprocal", ctypes.c_uint32), ("begin", ctypes.c_uint16 * 200)]
 
 
@@ -29,7 +34,7 @@ class BatchShape(ctypes.Structure):
     """`BatchShape` of csrc/batch.cuh."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "k_groups", "splits", "slots", "slot_bytes", "row_tiles")
+        (name, ctypes.c_int32) for name in ("tokens", "warp_groups", "splits", "slots", "slot_bytes", "row_tiles", "wide")
     ]
     _fields_ += [("begin", ctypes.c_uint16 * 10)]
 
@@ -39,14 +44,14 @@ class Shape:
     """How a launch is cut up, with what is left of its arguments."""
 
     sizes: DecodeShape | BatchShape
-    variant: int  # decoding: row tiles per warp; batch: tokens per CTA
+    variant: int  # decoding: of `TILES` and `DEPTH`; batch: tokens per CTA
 
     @property
     def cut(self) -> tuple[int, ...]:
         """What tells it from the other ways to cut the same launch, as in `measured.CUTS`."""
         sizes = self.sizes
         if isinstance(sizes, DecodeShape):
-            return sizes.splits, self.variant, sizes.row_warps, sizes.k_warps
+            return sizes.splits, self.variant, sizes.row_warps, sizes.k_warps, sizes.sharing, sizes.chunks
         return sizes.splits, sizes.row_tiles, sizes.warp_groups, sizes.slots
 
     def __repr__(self) -> str:
@@ -74,19 +79,26 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
     found: dict[tuple[int, ...], Shape] = {}
     weights = (form.code_bytes + form.scale_bytes, form.s_item_bytes)
     slot_bytes = max(1024, weights[0])
-    for splits, per_warp, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2), range(1, 17), (4, 6, 8, 12, 16, 24)):
+    reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
+    for splits, variant, row_warps, warps in product((1, 2, 3, 4, 6, 8), (1, 2, 3), range(1, 17), (4, 6, 8, 10, 12, 14, 16, 18, 20, 24)):
         k_warps = min(warps // row_warps, (form.q_items + form.s_items) // splits)
-        most = (24 if per_warp == 1 else 16) if tokens <= 8 else (12 if per_warp == 1 else 16)  # as the kernels are built
-        if k_warps < 1 or warps > most or (splits, per_warp, row_warps, k_warps) in found:
+        most = 24 if variant == 1 else 20 if tokens <= 8 else 16  # as the kernels are built
+        if k_warps < 1 or warps > most or (splits, variant, row_warps, k_warps, 1, 1) in found or k_warps > MOST_BARRIERS:
             continue
         begin = _shares(form, weights, splits * k_warps)
-        runs = max(_runs(form, begin[i + k_warps]) - _runs(form, begin[i]) for i in range(0, splits * k_warps, k_warps))
-        x_bytes = runs * (16 if tokens > 8 else tokens) * 64
-        if x_bytes + row_warps * k_warps * per_warp * DEPTH[per_warp] * slot_bytes > SHARED_BYTES:
+        way = form.way if splits == 1 or form.way < WHOLE else BY_THREADS
+        stretches = (_x_place(form, begin[i + k_warps]) - _x_place(form, begin[i]) for i in range(0, splits * k_warps, k_warps))
+        row = form.columns * 2 if way == WHOLE else max(stretches)
+        pitch = row + 16  # an odd number of 16 bytes, so that ldmatrix has no conflicts
+        x_bytes = -(-tokens * pitch // 128) * 128
+        if x_bytes + row_warps * k_warps * TILES[variant] * DEPTH[variant] * slot_bytes > SHARED_BYTES:
             continue
-        reciprocals = [-(-(1 << 32) // n) % (1 << 32) for n in (form.q_runs_per_block, form.s_runs_per_block)]
-        sizes = DecodeShape(tokens, row_warps, k_warps, splits, x_bytes, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
-        found[splits, per_warp, row_warps, k_warps] = Shape(sizes, per_warp)
+        for sharing, chunks in product((1, 2, 4) if way and tokens > 8 else (1,), (1, 2, 4)):
+            if sharing * splits > 8 or k_warps * chunks > MOST_BARRIERS:
+                continue
+            cut = (tokens, row_warps, k_warps, splits, sharing, chunks, way, pitch, x_bytes)
+            sizes = DecodeShape(*cut, *reciprocals, (ctypes.c_uint16 * 200)(*begin))
+            found[splits, variant, row_warps, k_warps, sharing, chunks] = Shape(sizes, variant)
     if not found:
         raise ValueError(f"the decoding kernel has no room for {tokens} tokens of {form.columns} channels in shared memory")
     return list(found.values())
@@ -95,6 +107,11 @@ def decode_shapes(form: Form, tokens: int) -> list[Shape]:
 def _runs(form: Form, item: int) -> int:
     """Runs of x before an item."""
     return min(item, form.q_items) * form.runs + max(0, item - form.q_items)
+
+
+def _x_place(form: Form, item: int) -> int:
+    """Where an item starts in a token's row of x in shared memory, in bytes."""
+    return min(item, form.q_items) * (512 if form.runs == 6 else 64 * form.runs) + max(0, item - form.q_items) * 2 * RUN
 
 
 def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
@@ -109,24 +126,25 @@ def _shares(form: Form, weights: tuple[int, int], parts: int) -> list[int]:
 
 
 def _decode_cost(form: Form, shape: Shape, multiprocessors: int) -> float:
-    """Estimated microseconds. The constants were fitted to 1997 launches measured on an H200 (docs/log.md)."""
+    """Estimated microseconds. The constants were fitted to 1605 launches measured on an H200 (docs/log.md)."""
     sizes = shape.sizes
     assert isinstance(sizes, DecodeShape)
-    two_token_tiles, per_warp = sizes.tokens > 8, shape.variant
+    two_token_tiles, per_warp, cluster = sizes.tokens > 8, TILES[shape.variant], sizes.splits * sizes.sharing
     tiles, warps = sizes.row_warps * per_warp, sizes.row_warps * sizes.k_warps
-    ctas = -(-form.tiles // tiles) * sizes.splits
+    ctas = -(-form.tiles // (tiles * sizes.sharing)) * cluster
     slot_bytes = max(1024, form.code_bytes + form.scale_bytes)
-    shared = sizes.x_bytes + warps * per_warp * DEPTH[per_warp] * slot_bytes + 1024
-    registers = {(False, 1): 64, (False, 2): 88, (True, 1): 80, (True, 2): 128}[two_token_tiles, per_warp]
-    resident = max(1, min((227 << 10) // shared, 65536 // (registers * warps * 32), 64 // warps))
-    each, most = ctas / multiprocessors, -(-ctas // multiprocessors)
-    load = tiles * form.tile_bytes / sizes.splits * (0.075 * most + 0.925 * max(each, 1))  # bytes of a multiprocessor
-    slower = 1.1 if two_token_tiles else 1.0
-    latency = load / per_warp / (min(max(each, 1), resident) * warps) * 135e-6 * slower
-    compute = latency + load * 2.4e-6 * slower**0.5
+    shared = sizes.x_bytes + warps * per_warp * DEPTH[shape.variant] * slot_bytes + 2048
+    registers = {(False, 1): 56, (False, 2): 72, (True, 1): 72, (True, 2): 96}[two_token_tiles, per_warp]
+    resident = max(1, min((227 << 10) // shared, 65536 // (registers * (warps + 4) * 32), 64 // (warps + 4)))
+    usable = multiprocessors if cluster <= 2 else 0.89 * multiprocessors
+    each, most = ctas / usable, ceil(ctas / usable)
+    load = tiles * form.tile_bytes / sizes.splits * (0.322 * most + 0.678 * max(each, 1))  # bytes of a multiprocessor
+    slower = 1.88 if two_token_tiles else 1.0
+    compute = load / per_warp / (min(max(each, 1), resident) * warps) * 119e-6 * slower + load * 4.69e-6 * slower**0.5
     memory = form.tiles * form.tile_bytes / 2.93e6
-    time = 1 + max(compute, memory) + 0.79 * min(compute, memory) + ctas * sizes.x_bytes / 14.4e6 + 0.036 * sizes.k_warps
-    return time + (2.4 + 0.64 * sizes.splits if sizes.splits > 1 else 0) + 5.1 * (-(-most // resident) - 1)
+    time = 1 + max(compute, memory) + 2.11 * min(compute, memory) + ctas * sizes.x_bytes / 4.02e6 / sizes.sharing**0.524
+    time += 0.375 * sizes.k_warps * sizes.chunks + 0.163 * (sizes.sharing - 1) + 13.0 * (ceil(ctas / (usable * resident)) - 1)
+    return time + (2.26 + 0.973 * sizes.splits if sizes.splits > 1 else 0)
 
 
 def batch_shapes(form: Form, tokens: int) -> list[Shape]:
@@ -144,7 +162,7 @@ def batch_shapes(form: Form, tokens: int) -> list[Shape]:
         if slots < 2 or sums > slots * slot_bytes or splits > (form.q_items + form.s_items) // 2 or tile * twice > 128:
             continue  # 128 tokens and twice 64 rows would not fit into registers
         begin = [item - max(0, item - form.q_items) % 2 for item in _shares(form, weights, splits)]
-        sizes = BatchShape(tokens, groups, 1, splits, slots, slot_bytes, row_tiles, (ctypes.c_uint16 * 10)(*begin))
+        sizes = BatchShape(tokens, groups, splits, slots, slot_bytes, row_tiles, 0, (ctypes.c_uint16 * 10)(*begin))
         found[groups, twice, splits, slots] = Shape(sizes, tile)
     return list(found.values())
 

@@ -82,6 +82,19 @@ class Form:
         return self.salient_offset + self.s_items * self.tiles * self.s_item_bytes + SLACK_BYTES
 
     @property
+    def way(self) -> int:
+        """How the decoding kernel can fetch x (csrc/activations.cuh): 1 in two stretches, 2 as it lies (blocks of 32 + 96 channels), 0 by threads."""
+        whole_runs = self.q_valid % RUN == 0 and (self.s_items == 0 or self.s_valid == self.s_runs_per_block * RUN)
+        salient_runs = self.s_runs_per_block * self.blocks if self.s_items else 0
+        no_padding = (self.q_runs_per_block * self.blocks, salient_runs) == (self.q_items * self.runs, self.s_items)
+        if not whole_runs or not no_padding:
+            return 0
+        if self.blocks == 1:
+            return 1 if self.runs == 4 else 0
+        pairs = (3, self.blocks, 128, 0, RUN)
+        return 2 if self.runs == 6 and (self.q_runs_per_block, self.s_items, self.block_size, self.s_offset, self.q_offset) == pairs else 0
+
+    @property
     def columns(self) -> int:
         """Channels of a row of x as the kernel reads it."""
         return self.blocks * self.block_size

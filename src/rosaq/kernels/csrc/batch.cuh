@@ -13,18 +13,19 @@ namespace rosaq {
 
 struct BatchShape {
     int tokens, warp_groups;
-    int k_groups;  // 1: several that take turns at the stages need two slots each, or they wait for each other for ever; not tried since (docs/log.md)
     int splits, slots, slot_bytes, row_tiles;  // row_tiles: per CTA
+    int wide;            // x comes in boxes of 64 channels instead of 32
     uint16_t begin[10];  // first item of every split, and the end; salient items in pairs
 };
 
 // Tensors that the copy engine reads; made on the host for each launch. Weights in units of 8 bytes, x in channels.
 struct BatchMaps {
     CUtensorMap codes, scales, salient;  // (bytes of an item / 8 / parts, parts, tiles, items)
-    CUtensorMap q_x, s_x;                // (32 channels, tokens, runs of a block, blocks)
+    CUtensorMap q_x, s_x;                // (32 or 64 channels, tokens, runs of a block, blocks)
 };
 constexpr int CODE_PARTS = CODE_BYTES > 2048 ? 2 : 1;  // a box is at most 256 units wide
 constexpr int SALIENT_RUNS = 2;                        // per stage
+constexpr int AHEAD = 2;  // stages whose weights are fetched before x may be read: of more, the first x would wait behind the last weights
 
 __device__ inline void copy_weights(uint32_t to, const CUtensorMap* map, int item, int tile, uint32_t bar) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::"r"(to),
@@ -42,9 +43,9 @@ template <int PENDING>
 __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// B operand: TOKENS rows of 64 bytes, 64-byte swizzle, groups of 8 rows 512 bytes apart.
-__device__ inline uint64_t x_descriptor(uint32_t address) {
-    return uint64_t((address & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(32) << 32) | (uint64_t(2) << 62);
+// B operand: TOKENS rows of 64 (128) bytes, swizzled over as many, groups of 8 rows 512 (1024) bytes apart.
+__device__ inline uint64_t x_descriptor(uint32_t address, bool wide) {
+    return uint64_t((address & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(wide ? 64 : 32) << 32) | (uint64_t(wide ? 1 : 2) << 62);
 }
 
 // Where a stage's runs of x start; moves on without divisions.
@@ -78,21 +79,19 @@ __device__ inline void fetch_stages(const Weights& w, const BatchMaps& maps, con
     };
     auto next = [&](int item) { return item < w.q_items ? item + 1 : item + SALIENT_RUNS; };
     int item = begin;
-    for (int s = 0; s < shape.slots && item < end; ++s, item = next(item)) weights(item, s);
+    for (int s = 0; s < AHEAD && item < end; ++s, item = next(item)) weights(item, s);
     wait_for_previous();
     Place q(w.q_runs_per_block, RUNS, begin), s(w.s_runs_per_block, SALIENT_RUNS, max(0, begin - w.q_items) / SALIENT_RUNS);
     item = begin;
     for (int i = 0, slot = 0, parity = 1; item < end; ++i) {
-        if (i >= shape.slots) {
-            barrier_wait(bars + slot * 16 + 8, parity);
-            weights(item, slot);
-        }
+        if (i >= shape.slots) barrier_wait(bars + slot * 16 + 8, parity);
+        if (i >= AHEAD) weights(item, slot);
         const uint32_t bar = bars + slot * 16, to = slots + slot * shape.slot_bytes;
         if (item < w.q_items) {
-            copy_x(to, &maps.q_x, token, q.within, q.block, bar);
+            copy_x(to, &maps.q_x, token, q.within >> shape.wide, q.block, bar);
             q.advance();
         } else {
-            copy_x(to, &maps.s_x, token, s.within, s.block, bar);
+            copy_x(to, &maps.s_x, token, s.within >> shape.wide, s.block, bar);
             s.advance();
         }
         item = next(item);
@@ -125,7 +124,6 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     extern __shared__ __align__(1024) uint8_t shared[];
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is one value per warp
     const int lane = threadIdx.x & 31, row_warps = 4 * shape.warp_groups, R = row_warps * TILES;
-    const int fetcher_warp = row_warps * shape.k_groups, k_group = warp / row_warps, row_warp = warp - k_group * row_warps;
     const int split = shape.splits == 1 ? 0 : blockIdx.y, first_tile = blockIdx.x * R, token = blockIdx.z * TOKENS;
     const uint32_t slots = shared_address(shared), bars = slots + shape.slots * shape.slot_bytes;  // per slot: full, empty
     const int begin = shape.begin[split], end = shape.begin[split + 1];
@@ -136,12 +134,13 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     __syncthreads();
     let_next_start();
 
-    if (warp >= fetcher_warp) {
+    if (warp >= row_warps) {
         give_registers();
-        if (warp == fetcher_warp && lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
+        if (warp == row_warps && lane == 0) fetch_stages<TOKENS>(w, maps, shape, slots, bars, begin, end, first_tile, token);
         return;
     }
     take_registers();
+    const uint64_t half = (shape.wide ? 64 : TOKENS * 64) / 16;  // from the first 32 channels of 64 to the others
     float acc[TILES][TOKENS / 2];
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
@@ -149,23 +148,21 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
         for (int i = 0; i < TOKENS / 2; ++i) acc[t][i] = 0.f;
 
     const bool bytes = w.salient_scales != nullptr;
-    const uint32_t codes_at = RUNS * TOKENS * 64 + row_warp * CODE_BYTES;
-    const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + row_warp * SCALE_BYTES;
+    const uint32_t codes_at = RUNS * TOKENS * 64 + warp * CODE_BYTES;
+    const uint32_t scales_at = RUNS * TOKENS * 64 + R * CODE_BYTES + warp * SCALE_BYTES;
     const uint32_t salient_at = SALIENT_RUNS * TOKENS * 64;
     constexpr int STEPS = TOKENS * TILES == 128 ? 2 : 4, PARTS = UNITS * 4 / STEPS;  // of a unit multiplied together; where registers are short, two
     uint32_t a[2][STEPS][4];
-    int slot = k_group, previous = -1;
+    int slot = 0, previous = -1;
     uint32_t parity = 0;
     auto next_slot = [&]() {
-        slot += shape.k_groups;
-        if (slot >= shape.slots) slot -= shape.slots, parity ^= 1;
+        if (++slot == shape.slots) slot = 0, parity ^= 1;
     };
     const int q_end = min(end, w.q_items);
-    int item = begin + k_group;
-    for (; item < q_end; item += shape.k_groups) {
+    for (int item = begin; item < q_end; ++item) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
-        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes, shape.wide);
         uint32_t words[TILES][WORDS];
 #pragma unroll
         for (int t = 0; t < TILES; ++t) load_words<WORDS>(stage + codes_at + t * row_warps * CODE_BYTES, lane, words[t], FromShared{});
@@ -175,7 +172,8 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
             weights_of<STEPS>(words[t] + u * RAW, stage + scales_at + t * row_warps * SCALE_BYTES, u, step % 4, lane, a[part & 1]);
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j) Wgmma<TOKENS>::run(acc[t], a[part & 1][j], x + ((step + j) / 2 * TOKENS * 64 + (j & 1) * 32) / 16);
+            for (int j = 0; j < STEPS; ++j)
+                Wgmma<TOKENS>::run(acc[t], a[part & 1][j], x + ((step + j) / 4 * TOKENS * 128 + (j & 1) * 32) / 16 + ((step + j) & 2 ? half : 0));
             wgmma_commit();
             if (PARTS * TILES % 2 && part == PARTS * TILES - 1) wgmma_wait<0>();
             else wgmma_wait<1>();  // the part before is done: its registers, and after the first part the slot before, are free
@@ -186,18 +184,17 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
     }
     wgmma_wait<0>();
     if (previous >= 0 && lane == 0) barrier_arrive(bars + previous * 16 + 8);
-    const int s_begin = max(begin, w.q_items);  // `item` counts stages so far
-    for (item = s_begin + SALIENT_RUNS * (item - max(begin, q_end)); item < end; item += SALIENT_RUNS * shape.k_groups) {
+    for (int item = max(begin, w.q_items); item < end; item += SALIENT_RUNS) {
         barrier_wait(bars + slot * 16, parity);
         const uint8_t* stage = shared + slot * shape.slot_bytes;
-        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes);
+        const uint64_t x = x_descriptor(slots + slot * shape.slot_bytes, shape.wide);
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
-            const int row = min(first_tile + row_warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
+            const int row = min(first_tile + warp + t * row_warps, w.tiles - 1) * 16 + (lane >> 2);
             const uint32_t scale[2] = {bytes ? twice(__half2float(w.salient_scales[row])) : ONES, bytes ? twice(__half2float(w.salient_scales[row + 8])) : ONES};
 #pragma unroll
             for (int h = 0; h < SALIENT_RUNS; ++h) {
-                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + row_warp) * w.s_item_bytes;
+                const uint8_t* from = stage + salient_at + (h * R + t * row_warps + warp) * w.s_item_bytes;
                 uint32_t words[8], s[2][4];
                 if (bytes) load_words<4>(from, lane, words, FromShared{});
                 else load_words<8>(from, lane, words, FromShared{});
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
                     for (int p = 0; p < 4; ++p) a[h][j][p] = bytes ? mul2(s[j][p], scale[p & 1]) : s[j][p];
                 wgmma_fence();
 #pragma unroll
-                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + (h * TOKENS * 64 + j * 32) / 16);
+                for (int j = 0; j < 2; ++j) Wgmma<TOKENS>::run(acc[t], a[h][j], x + j * 32 / 16 + (h ? half : 0));
                 wgmma_commit();
             }
             wgmma_wait<0>();
@@ -217,31 +214,25 @@ __global__ void __launch_bounds__(640, 1) batch(const __grid_constant__ Weights 
         next_slot();
     }
 
-    // Sums to shared memory, [k group][token][rows], where the stages were; then over the k groups, then over the CTAs of the cluster, a share of
-    // the tokens each.
-    sync_warps(fetcher_warp);
-    const int rows = R * 16, pitch = rows + 4, here = min(TOKENS, shape.tokens - token), threads = 32 * fetcher_warp;
+    // Sums to shared memory, [token][rows], where the stages were; then over the CTAs of the cluster, a share of the tokens each.
+    sync_warps(row_warps);
+    const int rows = R * 16, pitch = rows + 4, here = min(TOKENS, shape.tokens - token), threads = 32 * row_warps;
     float* sums = reinterpret_cast<float*>(shared);
-    float* mine = sums + k_group * TOKENS * pitch;
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i)
-            mine[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (row_warp + t * row_warps) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
-    sync_warps(fetcher_warp);
-    if (shape.k_groups > 1 || shape.splits == 1) {
+            sums[(8 * (i >> 2) + 2 * (lane & 3) + (i & 1)) * pitch + (warp + t * row_warps) * 16 + (lane >> 2) + 8 * ((i >> 1) & 1)] = acc[t][i];
+    sync_warps(row_warps);
+    if (shape.splits == 1) {
         for (int o = threadIdx.x; o < here * rows / 4; o += threads) {
             const int m = o / (rows / 4), row = 4 * (o % (rows / 4));
-            float total[4] = {};
-            for (int k = 0; k < shape.k_groups; ++k) {
-                const float4 v = *reinterpret_cast<const float4*>(sums + (k * TOKENS + m) * pitch + row);
-                total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
-            }
-            if (shape.splits == 1) store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
-            else *reinterpret_cast<float4*>(sums + m * pitch + row) = make_float4(total[0], total[1], total[2], total[3]);
+            const float4 v = *reinterpret_cast<const float4*>(sums + m * pitch + row);
+            const float total[4] = {v.x, v.y, v.z, v.w};
+            store_four(w, y, y_stride, token + m, first_tile * 16 + row, total);
         }
+        return;
     }
-    if (shape.splits == 1) return;
     cluster_sync();
     for (int o = threadIdx.x + threads * split; o < here * rows / 4; o += threads * shape.splits) {
         const int m = o / (rows / 4), row = 4 * (o % (rows / 4));

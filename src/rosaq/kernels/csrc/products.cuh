@@ -54,11 +54,15 @@ __device__ inline Rows rows_of(uint2 stored) {
     return {{__low2float(scales), __high2float(scales)}, {widen(uint16_t(minus)), widen(uint16_t(minus >> 16))}};
 }
 
+// Where an item's runs are in a token's row of x in shared memory (see decode.cuh).
+constexpr int ITEM_BYTES = UNITS == 3 ? 512 : RUNS * 64;
+__device__ inline int place_in_item(int run) { return UNITS == 3 ? run * 64 + run / 3 * 64 + 64 : run * 64; }
+
 // A run of x as B operands, two registers for each token tile and step: four registers of a step (16 tokens) or of the run (8) come together.
 template <int TOKEN_TILES>
-__device__ inline void load_x(uint32_t (&b)[TOKEN_TILES][4], const uint32_t (&x_at)[TOKEN_TILES], int run, int run_bytes) {
+__device__ inline void load_x(uint32_t (&b)[TOKEN_TILES][4], const uint32_t (&x_at)[TOKEN_TILES], int offset) {
 #pragma unroll
-    for (int i = 0; i < TOKEN_TILES; ++i) load_matrices(b[i], x_at[i] + run * run_bytes);
+    for (int i = 0; i < TOKEN_TILES; ++i) load_matrices(b[i], x_at[i] + offset);
 }
 template <int TOKEN_TILES>
 __device__ inline const uint32_t* x_pair(const uint32_t (&b)[TOKEN_TILES][4], int token_tile, int step) {
@@ -67,7 +71,7 @@ __device__ inline const uint32_t* x_pair(const uint32_t (&b)[TOKEN_TILES][4], in
 
 // acc += scale * ((codes - zero) times x) for one quantized block of TILES row tiles, whose first tile lies at `data`.
 template <int TOKEN_TILES, int TILES>
-__device__ inline void multiply_block(const uint8_t* data, int lane, const uint32_t (&x_at)[TOKEN_TILES], int run_bytes, float (&acc)[TILES][TOKEN_TILES][4]) {
+__device__ inline void multiply_block(const uint8_t* data, int lane, const uint32_t (&x_at)[TOKEN_TILES], float (&acc)[TILES][TOKEN_TILES][4]) {
     uint32_t words[TILES][WORDS];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) load_words<WORDS>(data + i * SLOT_BYTES, lane, words[i], FromShared{});
@@ -85,7 +89,7 @@ __device__ inline void multiply_block(const uint8_t* data, int lane, const uint3
         for (int h = 0; h < 2; ++h) {
             const int run = 2 * u + h;
             uint32_t b[TOKEN_TILES][4];
-            load_x<TOKEN_TILES>(b, x_at, run, run_bytes);
+            load_x<TOKEN_TILES>(b, x_at, place_in_item(run));
             if (run % GROUP_RUNS == 0) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
