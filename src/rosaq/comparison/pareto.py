@@ -10,7 +10,8 @@ from rosaq.inspection.plots import require_matplotlib
 
 COLUMNS = (BITS_COLUMN, PERPLEXITY_COLUMN, DIVERGENCE_COLUMN, "average")
 OWN = "rosaq"  # what the names of our own recipes begin with
-CEILING = 4.0  # perplexities above so many times the original's are left out of the plot
+CEILING = 3.0  # perplexities above so many times the original's are left out of the plot,
+MOST_BITS = 6.0  # and so are rows of more bits
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def plot(table: Table) -> Any:
     ceiling = CEILING * (original or min(point.perplexity.value for point in found))
     figure = require_matplotlib()(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
-    drawn = [point for point in found if point.perplexity.value <= ceiling]
+    drawn = [point for point in found if point.perplexity.value <= ceiling and point.bits <= MOST_BITS]
     for number, method in enumerate(sorted({point.method for point in drawn})):
         own = [point for point in drawn if point.method == method]
         _draw(axis, own, method, f"C{number % 10}", "os^Dv<>pPX"[number // 10 % 10] if not method.startswith(OWN) else "*")
@@ -78,6 +79,8 @@ def plot(table: Table) -> Any:
     if original is not None:
         axis.axhline(original, color="#888", linewidth=0.8, label=f"original, {original:.2f}")
     axis.set(xlabel="bits per weight", ylabel="perplexity of WikiText-2", yscale="log", title=table.title)
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:.0f}")
     axis.legend(fontsize="x-small", ncols=2)
     return figure
 
