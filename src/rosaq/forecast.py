@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rosaq.allocation import TOKENS
+from rosaq.allocation import ROWS, TOKENS
 from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.clock import Clock, no_progress
@@ -288,11 +288,14 @@ def _preparing(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: 
 def _allocation(a: Architecture, recipe: Recipe, seq_len: int, product: float, rates: Rates) -> float:
     """Of one block: second moments of some of the text, gradients of it if they are not there, and the expected loss of every form."""
     weights = sum(_weights(a).values())
+    seen = sum(min(ROWS, sum(a.shape(role)[0] for role in roles)) * a.width(site) for site, roles in SITES.items())
     forward = 2 * weights + 4 * seq_len * a.width("attn_out")
     passes = 1 if recipe.token_weights == "gradient" else 1 + BACKWARD
     forms = max(len(options) for options in site_options(recipe).values())
     fits = forms * (len(SHRUNK) if recipe.clipping == "mse" else 1)
-    return TOKENS * (passes * forward + 2 * sum(a.width(site) ** 2 for site in SITES)) / product + fits * weights / rates.fitted
+    factors = {site: len({form.salient for form in options}) for site, options in site_options(recipe).items()} if recipe.rounding == "gptq" else {}
+    factored = sum(count * 4 * a.width(site) ** 3 for site, count in factors.items()) / rates.exact
+    return factored + TOKENS * (passes * forward + 2 * sum(a.width(site) ** 2 for site in SITES)) / product + fits * seen / rates.fitted
 
 
 def _rounding(a: Architecture, recipe: Recipe, weights: dict[str, int], exact: float, rates: Rates) -> float:
