@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from rosaq.comparison import pareto
-from rosaq.comparison.table import PERPLEXITY_COLUMN, Figure, Row, Table, shown
+from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, Table, shown
 
 BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT3/4": 0}
 PARTS = (" spread", " standard error", " seeds")
+MOST_BITS = 6.0  # rows of more are left out of the picture
 BUDGETS = (3.35, 3.4, 3.9, 4.05, 4.35, 4.5, 5.0)
 
 
@@ -68,7 +69,8 @@ def main(output: str, title: str, *files: str) -> None:
     columns = list({column: None for row in rows.values() for column in row.figures})
     table = Table(title, columns, list(rows.values()), [])
     Path(f"{output}.md").write_text(pareto.markdown(table) + "\n" + "\n".join(budget_lines(pareto.points(table))) + "\n", encoding="utf-8")
-    pareto.plot(table).savefig(f"{output}.svg")
+    few = [row for row in table.rows if row.bits == 16 or row.figures[BITS_COLUMN].value <= MOST_BITS]
+    pareto.plot(Table(title, columns, few, [])).savefig(f"{output}.svg")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from rosaq.inspection.plots import require_matplotlib
 
 COLUMNS = (BITS_COLUMN, PERPLEXITY_COLUMN, DIVERGENCE_COLUMN, "average")
 OWN = "rosaq"  # what the names of our own recipes begin with
-CEILING = 3.0  # perplexities above so many times the original's are left out of the plot,
-MOST_BITS = 6.0  # and so are rows of more bits
+CEILING = 3.0  # perplexities above so many times the original's are left out of the plot
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def plot(table: Table) -> Any:
     ceiling = CEILING * (original or min(point.perplexity.value for point in found))
     figure = require_matplotlib()(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
-    drawn = [point for point in found if point.perplexity.value <= ceiling and point.bits <= MOST_BITS]
+    drawn = [point for point in found if point.perplexity.value <= ceiling]
     for number, method in enumerate(sorted({point.method for point in drawn})):
         own = [point for point in drawn if point.method == method]
         _draw(axis, own, method, f"C{number % 10}", "os^Dv<>pPX"[number // 10 % 10] if not method.startswith(OWN) else "*")
