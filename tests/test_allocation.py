@@ -164,7 +164,7 @@ def test_gradient_weights_make_other_codes_and_go_on_where_they_were(saved, text
         with pytest.raises(RuntimeError, match="power"):
             quantize(source, tmp_path / "broken", recipe, text, "cpu")
     with monkeypatch.context() as patch:
-        patch.setattr("rosaq.pipeline.token_weights", fail)  # they are kept, not found again
+        patch.setattr("rosaq.run.token_weights", fail)  # they are kept, not found again
         quantize(source, tmp_path / "broken", recipe, text, "cpu")
     assert read("broken") == read("whole")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES
+from conftest import FAMILIES, logits, relative
 from rosaq import Calibration, load_recipe, quantize, shipped_recipes
 from rosaq.embedding import RosaqEmbedding
 from rosaq.engines.dense import dense_bytes, dense_model, dense_tensors, is_packed
@@ -12,8 +12,6 @@ from rosaq.engines.loading import load_model
 from rosaq.kernels.reference import dequantize
 from rosaq.linear import RosaqLinear
 from rosaq.norm import RotatedNorm
-
-IDS = torch.arange(3, 43).view(2, 20)
 
 
 @pytest.fixture
@@ -30,15 +28,6 @@ def checkpoint(saved, text_file, tmp_path):
         return tmp_path / "out"
 
     return make
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(IDS).logits
-
-
-def relative(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())

@@ -119,7 +119,8 @@ def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[st
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a local folder says that it is a rosaq checkpoint."""
     config = Path(folder) / "config.json"
-    return config.is_file() and (read_json(config).get("quantization_config") or {}).get("quant_method") == "rosaq"
+    quantization = read_json(config).get("quantization_config") if config.is_file() else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "rosaq"
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -134,7 +135,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
     check_version(manifest.get("format_version"), folder / MANIFEST)
-    for name, entry in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+        raise ValueError(f"{folder / MANIFEST}: names no files with their bytes and sha256, so nothing can be verified")
+    for name, entry in files.items():
         path = safe_member(folder, name)
         size = path.stat().st_size
         if size != entry["bytes"]:

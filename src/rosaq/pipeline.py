@@ -1,7 +1,6 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,8 @@ from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.results import Results, block_part, checkpoint_parts
 from rosaq.run import Means, Report, Run
-from rosaq.sensitivity import held_states, token_weights
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably, read_windows
+from rosaq.statistics import Statistics, calibration_record, measure_durably, read_windows
 from rosaq.workfolder import WorkFolder, check_destination
 
 LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
@@ -89,11 +87,10 @@ def quantize(
         if work.published:
             report = _published(run, work, settings, windows)
         else:
-            flow = run.flow(windows, means, work.path)
-            backward = run.flow(windows, means, work.path, held_states(source.architecture.layers)) if run.backward else flow
+            flows = run.flows(windows, means, work.path)
             measured = calibration if isinstance(calibration, Statistics) else None
-            report = _make(run, work, (flow, backward), settings, measured or windows)
-            report.activations = flow.place
+            report = _make(run, work, flows, settings, measured or windows)
+            report.activations = flows[1].place
     report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
 
@@ -212,13 +209,10 @@ def _token_weights(run: Run, work: WorkFolder, flow: Flow, statistics: Statistic
         statistics.weights = [{} for _ in range(run.source.architecture.layers)]
         for name, weights in work.load(WEIGHTS).items():
             statistics.weights[int(name.split(".")[0])][name.split(".")[1]] = weights
-    elif run.ranks.agree(statistics.weights is None):
-        dtype = compute_dtype(run.source, run.device)
-        statistics.weights = token_weights(run.source, statistics.windows, run.device, dtype, flow, run.progress)
-        if run.ranks.first:
-            work.save(WEIGHTS, {f"{index:05d}.{site}": each for index, sites in enumerate(statistics.weights) for site, each in sites.items()})
-    assert statistics.weights is not None
-    return statistics.weights
+    found = run.weights(statistics, flow)
+    if run.ranks.first and not work.has(WEIGHTS):
+        work.save(WEIGHTS, {f"{index:05d}.{site}": each for index, sites in enumerate(found) for site, each in sites.items()})
+    return found
 
 
 def _pictures(job: Job, statistics: Statistics) -> Pictures:
@@ -253,7 +247,7 @@ def _round_blocks(run: Run, job: Job, statistics: Statistics, results: Results, 
     mine = [index for index in range(layers) if index % ranks.count == ranks.rank and not done[index]]
     blocks, turn = run.source.blocks(mine, run.device), []
     first = next((index for index in range(layers) if not done[index]), layers)
-    for index, moments in enumerate(_moments(job, statistics, replace(flow, start=first)), first):
+    for index, moments in enumerate(run.moments(statistics, replace(flow, start=first)), first):
         if index in mine:
             turn.append((index, moments))
         del moments
@@ -275,13 +269,6 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
     for index, module in enumerate(modules):
         if index % run.ranks.count == run.ranks.rank and not results.done(module):
             results.later(module, quantize_table(job, module))
-
-
-def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
-    if job.recipe.needs_moments:
-        return statistics.second_moments(job.source, job.device, flow)
-    return iter([{}] * (job.source.architecture.layers - flow.start))
 
 
 def _finish(work: WorkFolder, results: Results, run: Run, report: Report, pictures: Pictures) -> None:

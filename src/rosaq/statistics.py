@@ -92,6 +92,15 @@ class Statistics:
         if hold:
             self._held[kind] = held
 
+    def moments(self, sink_weight: int) -> dict[str, torch.Tensor] | None:
+        """The whole second moments held for one weight of the first tokens, all tokens else alike: by "block.site"; None where none are held."""
+        held = self._held.get((sink_weight, False))
+        return None if held is None else {f"{index}.{site}": moment for index, moments in enumerate(held) for site, moment in moments.items()}
+
+    def hold_moments(self, sink_weight: int, moments: dict[str, torch.Tensor]) -> None:
+        """Hold what `moments` gave to another process."""
+        self._held[sink_weight, False] = [{site: moments[f"{index}.{site}"] for site in SITES} for index in range(len(self.inputs))]
+
 
 def moments_fit(source: Source) -> bool:
     """Whether the whole second moments of all blocks, of one kind of weights, take at most an eighth of the machine's memory."""

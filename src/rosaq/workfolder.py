@@ -205,6 +205,18 @@ def check_destination(destination: Path) -> None:
         raise ValueError(f"{destination}: output is not a folder")
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that neither is there nor could be made, before work whose result is to go into it.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    folder = folder.expanduser().absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written: {place} is not a folder that may be written into")
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Say what a disk refuses as a `ValueError` that names the path."""
