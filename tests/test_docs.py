@@ -61,7 +61,7 @@ def test_the_command_line_takes_every_documented_command():
         except Exception as error:
             raise AssertionError(f"{page}: rosaq {' '.join(words)}: {error}") from error
         recipes = [options["recipe"]] if options.get("recipe") else (options.get("recipes") or "").split(",")
-        for recipe in filter(None, recipes):
+        for recipe in (word.partition("@")[0] for word in recipes if word):
             assert recipe.endswith(".toml") or recipe == "RECIPE" or recipe in shipped_recipes(), f"{page}: {recipe}"
 
 

@@ -26,6 +26,7 @@ from rosaq.sensitivity import token_weights
 from rosaq.statistics import Statistics, compute_dtype
 
 TOKENS = 1 << 16  # of the calibration text that is looked at
+ROWS = 3072  # outputs of a site that are, at most
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
         moment_KK = moment_KK[order][:, order]
         weights: dict[int, torch.Tensor] = {}  # by salient channels
         weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
+        weight_NK = weight_NK[:: -(-len(weight_NK) // ROWS)]
         options = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]

@@ -9,7 +9,7 @@ from statistics import mean
 
 import torch
 
-from rosaq.allocation import TOKENS
+from rosaq.allocation import ROWS, TOKENS
 from rosaq.architecture import LINEARS, SITE_NORM, SITE_OF, SITES, Architecture
 from rosaq.calibration import Calibration
 from rosaq.learned import BATCH
@@ -164,7 +164,8 @@ def _allocation(a: Architecture, recipe: Recipe, tokens: int, seq_len: int, spee
     gradients = 0.0 if recipe.token_weights == "gradient" else _gradients(a, tokens, seq_len, speed)
     moments = tokens * (_forward(a, seq_len) + 2 * sum(a.width(site) ** 2 for site in SITES)) / speed.product
     options = site_options(recipe)
-    fits = sum(len(options[SITE_OF[role]]) * size for role, size in _weights(a).items()) * (len(SHRUNK) if recipe.clipping == "mse" else 1)
+    seen = {site: a.width(site) * min(ROWS, sum(a.shape(role)[0] for role in roles)) for site, roles in SITES.items()}
+    fits = sum(len(options[site]) * size for site, size in seen.items()) * (len(SHRUNK) if recipe.clipping == "mse" else 1)
     factors = 0.0
     if recipe.rounding == "gptq":  # one for each number of salient channels
         factors = sum(len({form.salient for form in forms}) * _factor(a.width(site), speed) for site, forms in options.items())

@@ -10,7 +10,7 @@ from rosaq.inspection.plots import require_matplotlib
 
 COLUMNS = (BITS_COLUMN, PERPLEXITY_COLUMN, DIVERGENCE_COLUMN, "average")
 OWN = "rosaq"  # what the names of our own recipes begin with
-CEILING = 4.0  # perplexities above so many times the original's are left out of the plot
+CEILING = 3.0  # perplexities above so many times the original's are left out of the plot
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def plot(table: Table) -> Any:
     if original is not None:
         axis.axhline(original, color="#888", linewidth=0.8, label=f"original, {original:.2f}")
     axis.set(xlabel="bits per weight", ylabel="perplexity of WikiText-2", yscale="log", title=table.title)
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:.0f}")
     axis.legend(fontsize="x-small", ncols=2)
     return figure
 
