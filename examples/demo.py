@@ -9,6 +9,7 @@ import importlib.util
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -54,7 +55,7 @@ def main() -> None:
     begun = time.perf_counter()
     source = rosaq.open_source(smollm2())
     original = full_model(source, torch.bfloat16)
-    texts, rows = {}, []
+    texts, rows = dict[str, Any](), list[list[str]]()
     with stage_bars() as progress, tempfile.TemporaryDirectory() as folder:
         errors.print("sampling calibration and held-out text from the model")
         wanted = rosaq.Calibration("self", arguments.samples + HELD_OUT, arguments.seq_len)

@@ -10,6 +10,7 @@ texts of the hub. Measuring against the original loads that whole: leave it out 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import rosaq
 from rosaq.device import resolve_device
@@ -53,7 +54,7 @@ def main() -> None:
     out = given.out or Path(f"{Path(given.model).name}-{recipe.name}")
     plan = forecast(given.model, recipe, text, given.device, means, out)
     show_plan(plan)
-    figures = {"plan": plan.to_dict()}
+    figures: dict[str, Any] = {"plan": plan.to_dict()}
     with stage_bars() as progress:
         figures["run"] = vars(rosaq.quantize(given.model, out, recipe, text, given.device, progress, means))
     verify_checkpoint(out)

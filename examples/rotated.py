@@ -34,7 +34,7 @@ def main() -> None:
     windows = text_windows(read_wikitext2(Path(arguments.data)), source.tokenizer)[: arguments.limit]
     statistics = rosaq.measure(source, rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), device)
     recipe = rosaq.load_recipe("rosaq-paper").replace(salient=1, salient_per_head=1, down_scaling="none")
-    layouts = make_plan(recipe, source.architecture).linears
+    layouts = make_plan(recipe, source.architecture).blocks[0]
     basis = residual_basis(statistics.residual_moment().to(device), recipe)
     print(f"original {perplexity(full_model(source, torch.float32, device), windows, no_progress).perplexity:.4f}")
 

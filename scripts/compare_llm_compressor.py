@@ -19,6 +19,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,10 @@ def compare_codes() -> None:
     loss = moment_loss(moment)
     print(f"one layer, rounded to nearest: loss {loss(dequantize(layout, quantize_linear(weight, layout)) - weight):.0f}")
 
-    def fitted(part: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fitted(part: torch.Tensor, group: int, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return fit_grid(part, 4)
 
-    def fixed(part: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fixed(part: torch.Tensor, group: int, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return scale[:, group : group + 1], zero[:, group : group + 1]
 
     for name, fit, act_order in (("grids as groups come", fitted, False), ("grids fixed before", fixed, False), ("act-order", fitted, True)):
@@ -135,20 +136,20 @@ def save_dense(source: rosaq.Source) -> Path:
     return folder
 
 
-def all_rows(source: rosaq.Source, dense: Path, statistics: rosaq.Statistics, bits: int, device: str, steps: int) -> dict[str, Make]:
+def all_rows(source: rosaq.Source, dense: Path, windows: torch.Tensor, bits: int, device: str, steps: int) -> dict[str, Make]:
     """What makes each row's model, by its name."""
-    windows = statistics.windows
+    statistics = cache(lambda: rosaq.measure(source, windows, device))  # for our rows only
     return {
         "original": lambda: full_model(source, torch.float32),
-        "rtn, rosaq": lambda: ours(source, statistics, device, "rtn", bits=bits),
+        "rtn, rosaq": lambda: ours(source, statistics(), device, "rtn", bits=bits),
         "rtn, llm-compressor": lambda: theirs(dense, windows, bits, "rtn"),
-        "gptq, rosaq": lambda: ours(source, statistics, device, "gptq", bits=bits),
+        "gptq, rosaq": lambda: ours(source, statistics(), device, "gptq", bits=bits),
         "gptq, llm-compressor": lambda: theirs(dense, windows, bits, "gptq", actorder=None),
         "gptq, llm-compressor, errors propagated": lambda: theirs(dense, windows, bits, "gptq", True, actorder=None),
-        "gptq-act-order, rosaq": lambda: ours(source, statistics, device, "gptq-act-order", bits=bits),
+        "gptq-act-order, rosaq": lambda: ours(source, statistics(), device, "gptq-act-order", bits=bits),
         "gptq-act-order, llm-compressor": lambda: theirs(dense, windows, bits, "gptq", actorder="static"),
-        "awq without clipping, rosaq": lambda: ours(source, statistics, device, "awq", bits=bits, clipping="none"),
-        "awq, rosaq": lambda: ours(source, statistics, device, "awq", bits=bits),
+        "awq without clipping, rosaq": lambda: ours(source, statistics(), device, "awq", bits=bits, clipping="none"),
+        "awq, rosaq": lambda: ours(source, statistics(), device, "awq", bits=bits),
         "awq, llm-compressor": lambda: theirs(dense, windows, bits, "awq"),
         "awq, llm-compressor, activations only": lambda: theirs(dense, windows, bits, "awq", duo_scaling=False),
         "auto-round": lambda: auto_round(dense, source, windows, bits, steps),
@@ -175,7 +176,7 @@ def compare_small(bits: int, steps: int) -> None:
         windows, held_out = torch.randint(512, (24, 64)).split([16, 8])
         wanted = model(held_out).logits
         source = rosaq.open_source(folder)
-        for name, make in all_rows(source, save_dense(source), rosaq.measure(source, windows, "cpu"), bits, "cpu", steps).items():
+        for name, make in all_rows(source, save_dense(source), windows, bits, "cpu", steps).items():
             error = (make()(held_out).logits - wanted).norm() / wanted.norm()
             print(f"small random Llama, {name:42} relative error of the logits {float(error):.4f}", flush=True)
 
@@ -209,9 +210,9 @@ def main() -> None:
         compare_codes()
         compare_small(arguments.bits[0], arguments.steps)
     calibration, dense = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), save_dense(source)
-    statistics = rosaq.measure(source, read_windows(source, calibration, "cpu"), arguments.device)
+    windows = read_windows(source, calibration, "cpu")
     for bits in arguments.bits:
-        for name, make in all_rows(source, dense, statistics, bits, arguments.device, arguments.steps).items():
+        for name, make in all_rows(source, dense, windows, bits, arguments.device, arguments.steps).items():
             if arguments.only and not any(f"{name}.".startswith(beginning) for beginning in arguments.only):
                 continue
             start = time.perf_counter()

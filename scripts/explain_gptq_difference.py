@@ -79,7 +79,7 @@ def main() -> None:
     wanted, moments, grids = run_theirs(save_dense(source), windows, bits)
     ours, model = our_moments(source, windows), full_model(source, torch.float32)
     original = {name: model.get_submodule(name).weight.clone() for name in wanted}
-    layouts = {name: LinearLayout(*weight.shape, bits, GROUP) for name, weight in original.items()}
+    layouts = {name: LinearLayout(weight.shape[0], weight.shape[1], bits, GROUP) for name, weight in original.items()}
     form = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=GROUP, symmetric=False)
     apart = max(float((moments[n] / moments[n].norm() - ours[n] / ours[n].norm()).norm()) for n in ours)
     print(f"{len(ours)} layers; second moments of one norm differ by at most {apart:.1e}")

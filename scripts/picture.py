@@ -116,8 +116,8 @@ def main() -> None:
     moment = statistics.inputs[arguments.block]["attn_in"].moment.double()
     energies = [moment.diagonal(), (basis.T @ moment @ basis).diagonal()]
     share = float(energies[1][:64].sum() / energies[1].sum())
-    roots = [energy.view(BARS, -1).mean(1).clamp_min(0).sqrt().tolist() for energy in energies]
-    arguments.out.write_text(picture(*roots, share), encoding="utf-8")
+    before, after = (energy.view(BARS, -1).mean(1).clamp_min(0).sqrt().tolist() for energy in energies)
+    arguments.out.write_text(picture(before, after, share), encoding="utf-8")
     print(f"{arguments.out}: {100 * share:.1f} % of the energy in 64 of {len(energies[0])} channels, {torch.__version__}")
 
 

@@ -14,6 +14,7 @@ SIZES = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=128, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+IDS = torch.arange(3, 43).view(2, 20)
 # name -> (model_type, what differs): grouped queries throughout, biases and tied tables where the family has them
 FAMILIES = {
     "llama": ("llama", dict(tie_word_embeddings=False)),
@@ -51,6 +52,17 @@ def tokenizer(size: int = SIZES["vocab_size"]):
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def logits(model):
+    """What a model predicts of `IDS`."""
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def relative(got, wanted):
+    """Norm of the difference over the norm of what is wanted."""
+    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rosaq import Calibration, load_recipe, open_source, quantize
+from rosaq import Calibration, allocation, load_recipe, measure, open_source, quantize
 from rosaq.allocation import Option, choose, hull
 from rosaq.architecture import LINEARS, SITES
 from rosaq.clock import no_progress
 from rosaq.distributed import Ranks
 from rosaq.engines.loading import verify_checkpoint
+from rosaq.job import make_job
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
@@ -99,6 +100,33 @@ def test_token_weights_are_the_divergence_of_noise(saved):
             assert kl == pytest.approx(float((found[index][site] * size_ST1[..., 0].square()).mean()) / 2, rel=0.15), (index, site)
 
 
+def test_a_loss_is_the_divergence(saved, text_file):
+    """Of each site alone, within a factor of six, whatever its width: errors are alike at all tokens, so attention does not average v's out."""
+    source = open_source(str(saved("llama", num_hidden_layers=2)))
+    recipe = load_recipe("rtn").replace(group_size=32, bits=3, target_bits=4.2)
+    statistics = measure(source, Calibration(str(text_file), 32, 32), "cpu")
+    job, windows = make_job(source, recipe, statistics, "cpu"), statistics.windows
+    weights = token_weights(source, windows, "cpu", torch.float32, Flow(), no_progress)
+    model = full_model(source, torch.float32)
+    ratios = []
+    with torch.no_grad():
+        wanted = model(windows).logits.double().log_softmax(-1)
+        for index, moments in enumerate(collect_moments(source, windows, "cpu", torch.float32, Flow(weights=weights))):
+            for site, options in zip(SITES, allocation._block_options(job, index, statistics, moments), strict=True):
+                form = SiteForm(3, 0, 32)
+                said = next(option.loss for option in options if option.form == form)
+                layers = [model.model.layers[index].get_submodule(LINEARS[role]) for role in SITES[site]]
+                kept = [layer.weight.clone() for layer in layers]
+                for layer in layers:
+                    layout = LinearLayout(*layer.weight.shape, form.bits, form.group_size)
+                    layer.weight.copy_(dequantize(layout, quantize_linear(layer.weight, layout)))
+                got = model(windows).logits.double().log_softmax(-1)
+                for layer, weight in zip(layers, kept, strict=True):
+                    layer.weight.copy_(weight)
+                ratios.append(said / float((wanted.exp() * (wanted - got)).sum(-1).mean()))
+    assert all(1 / 6 < ratio < 2 for ratio in ratios), ratios
+
+
 def test_ranks_find_the_weights_of_their_windows(saved, monkeypatch):
     monkeypatch.setattr(Ranks, "add", lambda ranks, tensor: tensor)
     source = open_source(str(saved("llama")))
@@ -136,7 +164,7 @@ def test_gradient_weights_make_other_codes_and_go_on_where_they_were(saved, text
         with pytest.raises(RuntimeError, match="power"):
             quantize(source, tmp_path / "broken", recipe, text, "cpu")
     with monkeypatch.context() as patch:
-        patch.setattr("rosaq.pipeline.token_weights", fail)  # they are kept, not found again
+        patch.setattr("rosaq.run.token_weights", fail)  # they are kept, not found again
         quantize(source, tmp_path / "broken", recipe, text, "cpu")
     assert read("broken") == read("whole")
 

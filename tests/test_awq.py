@@ -91,7 +91,7 @@ def test_gptq_takes_clipped_grids_too():
     weight[:, ::32], x[:, ::32] = 4.0, 0.01 * x[:, ::32]
     moment = x.T @ x / len(x)
     errors = [
-        moment_loss(moment)(dequantize(layout, quantize_linear(weight, layout, None, moment, Rounding(True, act_order, True))) - weight)
+        moment_loss(moment)(dequantize(layout, quantize_linear(weight, layout, None, moment, Rounding(True, act_order, "awq"))) - weight)
         for act_order in (False, True)
     ]
     plain = moment_loss(moment)(dequantize(layout, quantize_linear(weight, layout, None, moment, Rounding(True))) - weight)

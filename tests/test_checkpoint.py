@@ -65,6 +65,14 @@ def test_another_format_version_is_refused(checkpoint):
         verify(checkpoint)
 
 
+@pytest.mark.parametrize("files", [None, 3, {}, {"model.safetensors": 3}, {"model.safetensors": {"bytes": 3}}])
+def test_a_manifest_that_names_no_files_is_refused(checkpoint, files):
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(ValueError, match=r"rosaq.json: names no files with their bytes and sha256"):
+        verify_checkpoint(checkpoint)
+
+
 def test_an_output_that_is_not_empty_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")

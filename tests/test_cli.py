@@ -104,12 +104,14 @@ def test_bad_models(cli, saved, text_file, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
     refused(quantize(broken), broken, "GGUF")
+    refused(quantize("x" * 300), "File name too long")
     original = saved("llama")
     config = json.loads((original / "config.json").read_text())
     for change, words in (
         (dict(model_type="bert", architectures=["BertModel"]), ["'bert' is not supported", "llama (LlamaForCausalLM)", "qwen3"]),
         (dict(architectures=["LlamaForSequenceClassification"]), ["'LlamaForSequenceClassification' is not a causal language model"]),
         (dict(quantization_config={"quant_method": "gptq"}), ["already quantized (gptq)"]),
+        (dict(rope_parameters={"rope_type": "spiral"}), ["cannot make a model of this config.json", "spiral"]),
     ):
         (original / "config.json").write_text(json.dumps({**config, **change}))
         refused(quantize(original), *words)
@@ -205,6 +207,8 @@ def test_bad_options(cli, saved, text_file, tmp_path):
     refused(quantize("--group-size", 20), "group_size is 20", "multiple of 16")
     refused(quantize("--device", "cuda:77"), "device 'cuda:77'")
     refused(quantize("--device", "tpu"), "device 'tpu'; allowed are auto, cpu, cuda")
+    refused(quantize("-o", tmp_path / ("x" * 300)), "File name too long")
+    assert not list(tmp_path.glob("*xx*"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("")
     refused(quantize(), tmp_path / "out", "output folder is not empty")
@@ -222,11 +226,56 @@ def test_bad_evaluation(cli, saved, tmp_path):
     refused(cli("evaluate", original, "--tasks", "piqa", "--data", tmp_path, "--against", original), "--against", "add wikitext2 or a text file")
     refused(cli("evaluate", original, "--data", tmp_path), "wiki.test.raw: no such file")
     refused(cli("evaluate", original, "--text", tmp_path / "short.txt", "--window", 2, "--dtype", "int8"), "dtype 'int8'; allowed are auto")
+    (tmp_path / "long.txt").write_text("abc " * 200)
+    refused(cli("evaluate", original, "--text", tmp_path / "long.txt", "--window", 129), "a window has 129 tokens", "context of 128")
+    random_model("llama", vocab_size=64).save_pretrained(tmp_path / "smaller")
+    tokenizer(64).save_pretrained(tmp_path / "smaller")
+    against = ("--against", tmp_path / "smaller", "--text", tmp_path / "long.txt", "--window", 32)
+    refused(cli("evaluate", original, *against), "the model has 97 tokens and the one that it is compared with 64")
+    (tmp_path / "smaller" / "tokenizer.json").unlink()
+    refused(cli("evaluate", tmp_path / "smaller", *against[2:]), "smaller: the tokenizer cannot be read")
     refused(cli("generate", original, "abc", "--max-tokens", 1000), "--max-tokens is at most 125")
+    refused(cli("generate", original, "abc", "--max-tokens", 0), "--max-tokens is 0; it must be at least 1")
+    refused(cli("generate", original, "abc", "--temperature", "nan"), "temperature is nan; it must be 0 or more, and finite")
+    refused(cli("generate", original, "abc", "--seed", -1), "seed is -1; allowed are 0 to 2^64 - 1")
     refused(cli("generate", original, "abc", "--chat"), "no chat template")
     refused(cli("verify", original), "not the folder of a rosaq checkpoint")
     if not torch.cuda.is_available():
         refused(cli("benchmark", "kernels"), "sees no CUDA GPU")
+
+
+def test_bad_comparisons_leave_nothing(cli, saved, tmp_path):
+    original, out = saved("llama"), tmp_path / "out"
+    for option in ("--window", "--windows", "--limit"):
+        refused(cli("compare", original, "-o", out, "--recipes", "rtn", option, 0), f"{option} is 0; it must be at least 1")
+    refused(cli("compare", original, "-o", out, "--recipes", "rtn", "--dtype", "int8"), "dtype 'int8'; allowed are auto")
+    assert not out.exists()
+
+
+def test_where_results_go_is_looked_at_before_the_work(cli, saved, text_file, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("this comes after the check")
+
+    for name in ("rosaq.inspection.report.inspect", "rosaq.benchmark.quantizing.benchmark_quantize", "rosaq.benchmark.decoding.benchmark_decoding"):
+        monkeypatch.setattr(name, work)
+    original, below = saved("llama"), text_file / "folder"
+    refused(cli("inspect", original, "-o", below, "--device", "cpu"), below, f"cannot be written: {text_file} is not a folder")
+    benchmark = ("benchmark", "quantize", "tiny", "--folder", tmp_path, "--recipe", "rtn", "-o", below / "x.json")
+    refused(cli(*benchmark), "cannot be written", text_file)
+    refused(cli("benchmark", "decode", "smollm2-135m", "--engine", "transformers", "-o", below / "x.json"), "cannot be written", text_file)
+
+
+def test_a_gguf_file_that_is_cut_short(cli, smollm2, text_file, tmp_path):
+    """Anywhere: in its header, among the tokenizer's words, among the weights."""
+    short = tmp_path / "short.gguf"
+    with smollm2.open("rb") as file:
+        head = file.read(3 << 20)
+    for size in (2000, 100_000, 1 << 20, 3 << 20):
+        short.write_bytes(head[:size])
+        refused(cli("quantize", short, "-o", tmp_path / "out", "--calibration", text_file, *SIZES), short, "truncated or corrupt")
+    short.write_bytes(head[:16] + b"\xff" + head[17:])
+    refused(cli("quantize", short, "-o", tmp_path / "out", "--calibration", text_file, *SIZES), short, "truncated or corrupt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_state_their_bits(cli):

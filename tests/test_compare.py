@@ -78,6 +78,17 @@ def test_cells_hold_what_a_run_by_hand_gives(experiment, tmp_path, data):
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
 
 
+def test_a_recipe_may_distil(experiment, tmp_path):
+    """Its cell says what training brought; its rows go with others."""
+    recipe = sized(load_recipe("rosaq-distilled"), **SIZES, salient_down=16).replace(distillation_windows=8, distillation_epochs=1)
+    measured = compare(
+        experiment(recipes=(load_recipe("rtn").replace(group_size=16), recipe), bits=(3,), divergence=True), tmp_path / "out", ("cpu",)
+    )
+    values = {cell.name: values for cell, values in measured}["rosaq-distilled.int3.seed0"]
+    assert values["distillation"]["after"]["kl_divergence"] <= values["distillation"]["before"]["kl_divergence"]
+    assert values["runs"][0]["seconds"]["quantize: distillation"] > 0 and values["figures"]["wikitext2"]["kl_divergence"] > 0
+
+
 def test_the_table(experiment, tmp_path):
     measured = compare(experiment(seeds=(0, 1)), tmp_path / "out", ("cpu",))
     table = table_of(measured)
@@ -121,6 +132,30 @@ def test_moments_are_collected_once_for_a_seed(experiment, tmp_path, monkeypatch
     assert len(passes) == 2  # two recipes at two bits with two seeds
 
 
+def two_workers(results, source):
+    """As two processes have them."""
+    return [Worker(results, source, Measures(results.experiment, source.tokenizer), "cpu", rank) for rank in (0, 1)]
+
+
+def test_moments_are_collected_once_for_a_seed_by_all_processes(experiment, tmp_path, monkeypatch):
+    from rosaq import statistics
+
+    passes, real = [], statistics.collect_moments
+    monkeypatch.setattr(statistics, "collect_moments", lambda *arguments: passes.append(1) or real(*arguments))
+    recipes = tuple(load_recipe(name).replace(group_size=16) for name in ("gptq", "awq", "quarot-gptq"))
+    wanted = experiment(recipes=(*recipes, load_recipe("gptq").replace(name="sink", group_size=16, sink_weight=4)), bits=(3,))
+    source = open_source(wanted.model)
+    results = Results(tmp_path / "out", wanted, source)
+    first, second = two_workers(results, source)
+    for cell in wanted.cells():
+        (second if cell.recipe and cell.recipe.name in ("awq", "sink") else first)._try(cell)
+    assert len(passes) == 2  # all tokens alike, and first tokens counted four times
+    kept = {path.name for path in (tmp_path / "out" / "shared").iterdir()}
+    assert kept == {f"statistics.seed0{end}.safetensors" for end in ("", ".moments1", ".moments4")}
+    assert table_of(compare(wanted, tmp_path / "out", ("cpu",))).csv() == table_of(compare(wanted, tmp_path / "alone", ("cpu",))).csv()
+    assert not list((tmp_path / "out" / "shared").iterdir())
+
+
 def test_statistics_are_measured_once_for_a_seed_by_all_processes(experiment, tmp_path, monkeypatch):
     from rosaq.comparison import worker
 
@@ -129,7 +164,7 @@ def test_statistics_are_measured_once_for_a_seed_by_all_processes(experiment, tm
     wanted = experiment(seeds=(0, 1))
     source = open_source(wanted.model)
     results = Results(tmp_path / "out", wanted, source)
-    first, second = (Worker(results, source, Measures(wanted, source.tokenizer), "cpu", rank) for rank in (0, 1))  # as two processes have them
+    first, second = two_workers(results, source)
     for cell in wanted.cells():
         (first if cell.recipe is None or cell.recipe.name == "rtn" else second)._try(cell)
     assert len(measured) == 2 and len(list((tmp_path / "out" / "shared").iterdir())) == 2
@@ -366,6 +401,6 @@ def test_bits_against_loss(experiment, tmp_path):
     pytest.importorskip("matplotlib")
     figure = pareto.plot(table)
     figure.savefig(tmp_path / "plot.svg")
-    assert {"rtn", "rtn-3.9", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
+    assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES
+from conftest import FAMILIES, logits, relative
 from rosaq import Calibration, load_recipe, quantize, shipped_recipes
 from rosaq.embedding import RosaqEmbedding
 from rosaq.engines.dense import dense_bytes, dense_model, dense_tensors, is_packed
@@ -12,8 +12,6 @@ from rosaq.engines.loading import load_model
 from rosaq.kernels.reference import dequantize
 from rosaq.linear import RosaqLinear
 from rosaq.norm import RotatedNorm
-
-IDS = torch.arange(3, 43).view(2, 20)
 
 
 @pytest.fixture
@@ -25,19 +23,11 @@ def checkpoint(saved, text_file, tmp_path):
         sizes = dict(group_size=16, bits=4) | (dict(salient=16, salient_per_head=4) if recipe.salient else {})
         sizes |= dict(salient_down=16) if recipe.salient_down else {}
         sizes |= dict(learning_steps=2) if recipe.learning_steps else {}
+        sizes |= dict(distillation_windows=8, distillation_epochs=1) if recipe.distillation_windows else {}
         quantize(str(saved(family)), tmp_path / "out", recipe.replace(**{**sizes, **changes}), Calibration(str(text_file), 4, 32), "cpu")
         return tmp_path / "out"
 
     return make
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(IDS).logits
-
-
-def relative(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rosaq import Calibration, load_recipe, open_source, quantize
+from rosaq import Calibration, Means, load_recipe, open_source, quantize
 from rosaq.distillation import Settings, distill
 from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
 from rosaq.distillation.training import HeadDivergence, _accumulate, head_weight, rate_factor
@@ -178,7 +178,7 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
 def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
     """With only them trained, only they change, and the divergence on windows held out falls."""
     checkpoint, original = made("llama", "rtn", bits=3)
-    settings = Settings(learning_rates=(0, 0, 0, 2e-1))
+    settings = Settings(epochs=4, learning_rates=(0, 0, 0, 2e-1))
     report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
     assert report.after["kl_divergence"] < 0.6 * report.before["kl_divergence"]
     verify_checkpoint(tmp_path / "out")
@@ -214,6 +214,59 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     assert (tmp_path / "out" / "channels.png").read_bytes() == (checkpoint / "channels.png").read_bytes()  # which the card shows
     with pytest.raises(ValueError, match="distilled already"):
         distill(tmp_path / "out", original, tmp_path / "twice", text, device="cpu")
+
+
+DISTILLED = load_recipe("rosaq-distilled").replace(**SMALL, bits=3, distillation_windows=16, distillation_epochs=2)
+
+
+def test_a_recipe_that_distils_is_both_commands(saved, text_file, tmp_path):
+    """The same tensors as `quantize` and then `distill` give, whatever state an earlier run left."""
+    original, text = str(saved("llama")), Calibration(str(text_file), 16, 48)
+    quantize(original, tmp_path / "packed", DISTILLED.replace(distillation_windows=0, distillation_epochs=0), text, "cpu")
+    distill(tmp_path / "packed", original, tmp_path / "two", text, Settings(epochs=2), "cpu")
+    report = quantize(original, tmp_path / "one", DISTILLED, text, "cpu")
+    assert report.seconds["distillation"] > 0 and not list(tmp_path.glob(".*"))
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    verify_checkpoint(tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "rosaq.json").read_text()) for name in ("one", "two"))
+    assert one["distillation"] == two["distillation"] and one["report"]["recipe"] == DISTILLED.to_dict()
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "named"])
+def test_distilling_goes_on_where_it_was(moment, saved, text_file, tmp_path, monkeypatch):
+    """Nothing is rounded again; what is distilled and has no name yet, or has just got it, is not distilled again."""
+    import rosaq.workfolder
+    from rosaq import pipeline
+    from rosaq.workfolder import WorkFolder
+
+    original, text = str(saved("llama")), Calibration(str(text_file), 16, 48)
+    quantize(original, tmp_path / "whole", DISTILLED, text, "cpu")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*{"before": (pipeline, "distill"), "after": (WorkFolder, "publish"), "named": (rosaq.workfolder, "_remove")}[moment], fail)
+        quantize(original, tmp_path / "out", DISTILLED, text, "cpu")
+    assert (tmp_path / "out").exists() == (moment == "named")
+    if moment != "before":
+        monkeypatch.setattr(pipeline, "distill", fail)
+    report = quantize(original, tmp_path / "out", DISTILLED, text, "cpu")
+    assert report.resumed_blocks == (2 if moment == "before" else 0) and not list(tmp_path.glob(".out*"))
+    assert all((tmp_path / "out" / file.name).read_bytes() == file.read_bytes() for file in (tmp_path / "whole").iterdir())
+
+
+def test_a_recipe_that_cannot_be_distilled_is_refused_at_once(saved, text_file, tmp_path):
+    original, text = str(saved("llama")), Calibration(str(text_file), 4, 48)
+    for match, recipe, calibration, means in (
+        ("windows of 48 need", DISTILLED.replace(distillation_windows=400), text, None),
+        ("distillation_windows is 4; it must be 8 or more", DISTILLED.replace(distillation_windows=4), text, None),
+        ("give a text instead of token ids", DISTILLED, torch.arange(96).view(2, 48), None),
+        ("distillation holds the whole model", DISTILLED, text, Means(max_memory=1 << 34)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            quantize(original, tmp_path / "out", recipe, calibration, "cpu", means=means)
+        assert not list(tmp_path.glob("*out*"))
 
 
 def test_blocks_are_run_again_in_the_backward_pass(made):
@@ -281,7 +334,7 @@ def test_refusals(made, saved, text_file, tmp_path):
     refused("not the folder of a rosaq checkpoint", folder=original)
     refused(
         "on held-out windows rose from .* lower the learning rates",
-        settings=Settings(learning_rates=(0.99, 0.99, 0.99, 0)),
+        settings=Settings(epochs=4, learning_rates=(0.99, 0.99, 0.99, 0)),
         calibration=Calibration(str(text_file), 64, 48),
     )
     with pytest.raises(ValueError, match="learning rates are"):

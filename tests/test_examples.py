@@ -68,6 +68,31 @@ def test_planted_outliers_cost_mixed_and_not_rosaq(model, text_file, tmp_path, m
     assert errors["rosaq-paper", "planted"] == pytest.approx(errors["rosaq-paper", "model"], rel=0.05), errors
 
 
+@pytest.fixture
+def data(tmp_path):
+    """A folder with a test text of some windows of 2048 characters, which are the tokenizer's tokens."""
+    generator = torch.Generator().manual_seed(3)
+    (tmp_path / "wiki.test.raw").write_text("".join(chr(97 + i) for i in torch.randint(26, (5000,), generator=generator)))
+    return tmp_path
+
+
+def test_rotated(model, text_file, data, monkeypatch, capsys):
+    """The model is the same in the rotated basis, up to FP16."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    run(monkeypatch, "rotated.py", model, text_file, data, "--samples", 2, "--seq-len", 32)
+    original, rotated = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert rotated == pytest.approx(original, rel=2e-3) and original > 10
+
+
+def test_learned(model, text_file, data, tmp_path, monkeypatch, capsys):
+    sizes = ["--bits", 4, "--samples", 4, "--seq-len", 32, "--window", 64, "--every", 20, "--steps", 2]
+    run(monkeypatch, "learned.py", model, text_file, data, tmp_path / "out", "--recipes", "quarot", "spinquant", *sizes)
+    shown = capsys.readouterr().out
+    assert shown.count("bits  perplexity") == 2 and "kept aside" in shown
+    assert (tmp_path / "out" / "loss-INT4.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "chat.py"])
 def test_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

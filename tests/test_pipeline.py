@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import random_model, tokenizer
+from conftest import logits, random_model, relative, tokenizer
 from rosaq import Calibration, Recipe, load_recipe, measure, open_source, quantize, shipped_recipes
 from rosaq.architecture import LINEARS
 from rosaq.basis import Bases, prepare_block, residual_basis
@@ -18,7 +18,6 @@ from rosaq.plan import make_plan
 from rosaq.rounding.grid import round_to_nearest
 from rosaq.skeleton import full_model
 
-IDS = torch.arange(3, 43).view(2, 20)
 SMALL = dict(group_size=16, salient=16, salient_per_head=4)
 
 
@@ -27,16 +26,8 @@ def small(name, **changes):
     sizes = SMALL if recipe.salient else dict(group_size=16)
     sizes = {**sizes, "salient_down": 16} if recipe.salient_down else sizes
     steps = dict(learning_steps=2) if recipe.learning_steps else {}
-    return recipe.replace(**{**sizes, **steps, **changes})
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(IDS).logits
-
-
-def relative(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
+    trained = dict(distillation_windows=8, distillation_epochs=1) if recipe.distillation_windows else {}
+    return recipe.replace(**{**sizes, **steps, **trained, **changes})
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import random_model, tokenizer
+from conftest import logits, random_model, relative, tokenizer
 from rosaq import Calibration, load_recipe, open_source, quantize
 from rosaq.architecture import LINEARS, Architecture
 from rosaq.basis import PreparedBlock
@@ -18,20 +18,9 @@ from rosaq.hadamard_linear import HadamardLinear
 from rosaq.kernels.reference import dequantize
 from rosaq.plan import make_plan
 
-IDS = torch.arange(3, 43).view(2, 20)
-
 
 def small(name, **changes):
     return load_recipe(name).replace(group_size=16, **changes)
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(IDS).logits
-
-
-def relative(got, wanted):
-    return float((got - wanted).norm() / wanted.norm())
 
 
 def load(folder):

@@ -276,6 +276,25 @@ def test_what_is_refused(tmp_path, make, message):
         read_evidence([tmp_path / "given"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run.json", {"bits_per_weight": 4, "seconds": {}, "recipe": {}, "calibration": {}}),
+        ("evaluation.json", {"model": "m", "texts": 3, "zeroshot": None}),
+        ("evaluation.json", {"model": "m", "texts": {}, "zeroshot": None}),
+        ("inspection.json", {"table8": {}, "blocks": [], "errors": []}),
+        ("quantizing.json", {"seconds_of_all_blocks": {}, "report": {}}),
+        ("kernels.json", {"rows": [{"microseconds": 1, "limit_us": 1}]}),
+        ("decoding.json", {"rows": [{"step_ms": 1, "weights": "rosaq"}], "settings": {}}),
+    ],
+)
+def test_a_file_that_only_seems_to_be_ours_is_named(measured, tmp_path, name, value):
+    """Also among others that are whole."""
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=rf"{name}: looks like '\w+', but is not as rosaq writes that \(\w+Error: "):
+        make_page(read_evidence([measured / "inspection", tmp_path]))
+
+
 def test_an_older_checkpoint_and_a_single_kind_make_a_page(measured, tmp_path):
     """A checkpoint without the model's name; and each thing by itself has its own sections only."""
     shutil.copytree(measured / "tiny-int4", tmp_path / "old")

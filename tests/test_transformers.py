@@ -99,6 +99,10 @@ def test_a_wrong_shape_or_type_is_named(checkpoint):
     [
         (lambda q: q.update(format_version=99), "checkpoint format 99; this rosaq reads format 1"),
         (lambda q: q.update(colour="red"), "unknown key 'colour'"),
+        (lambda q: q.pop("layouts"), "the key 'layouts' is missing"),
+        (lambda q: q.update(layouts=3), "layouts is 3; it must be an object"),
+        (lambda q: q.update(recipe=[]), r"recipe is \[\]; it must be an object"),
+        (lambda q: q.update(calibration="pile"), "calibration is 'pile'; it must be an object"),
         (lambda q: q["recipe"].update(bits=7), "bits is 7; allowed are"),
         (lambda q: q["recipe"].update(colour="red"), "unknown key 'colour'; known are"),
         (lambda q: q["layouts"]["self_attn.q_proj"].update(bits=5), "the form of model.layers.0.self_attn.q_proj is not valid: bits is 5"),

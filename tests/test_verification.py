@@ -11,7 +11,7 @@ from rosaq import load_recipe, open_source, quantize
 from rosaq.checkpoint import MANIFEST
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.shard_files import sha256
-from rosaq.verification import part_errors
+from rosaq.verification import common_basis, part_errors
 
 IDS = torch.arange(64).view(2, 32)
 
@@ -49,6 +49,34 @@ def test_tables_of_8_bits(saved, tmp_path):
     source = open_source(str(saved("llama")))
     errors = part_errors(quantized(source, tmp_path / "out", embedding_bits="8"), source, "cpu")
     assert errors[-1].part == "lm_head" and 1e-3 < errors[0].relative_error < 0.01 and 1e-3 < errors[-1].relative_error < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_vocabulary_smaller_than_the_width(family, saved, tmp_path):
+    """Then the embedding tables do not say which basis all directions of the residual stream are in."""
+    source = open_source(str(saved(family, vocab_size=20)))
+    folder = tmp_path / "out"
+    recipe = load_recipe("rosaq-paper").replace(group_size=16, salient=16, salient_per_head=4, embedding_bits="16")
+    quantize(source, folder, recipe, IDS % 20, "cpu")
+    errors = part_errors(folder, source, "cpu")
+    assert [error.part for error in errors] == ["embedding", "block 0", "block 1", "lm_head"]
+    assert errors[0].relative_error < 0.001 and all(0.003 < error.relative_error < 0.2 for error in errors[1:3])
+    other = open_source(str(saved("qwen3", vocab_size=20, seed=1)))
+    with pytest.raises(ValueError, match="model_type is"):
+        part_errors(folder, other, "cpu")
+
+
+def test_the_common_basis_of_weights_of_few_rows():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
+    first, second, third = (torch.randn(rows, 12, dtype=torch.float64, generator=generator) for rows in (5, 4, 9))
+    pairs = [(weight, weight @ basis) for weight in (first, second, third)]
+    torch.testing.assert_close(common_basis(pairs), basis.float())
+    open_left = common_basis(pairs[:2])
+    torch.testing.assert_close(open_left.T @ open_left, torch.eye(12))
+    torch.testing.assert_close(second.float() @ open_left, (second @ basis).float())
+    # what comes first decides: a later pair is not even looked at where no direction is left
+    torch.testing.assert_close(common_basis(iter([(torch.eye(12), basis.float()), (first.float(), first.float())])), basis.float())
 
 
 def test_another_model_is_refused(saved, tmp_path):

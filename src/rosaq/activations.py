@@ -22,7 +22,8 @@ class Activations:
         dtype: of the states.
         device: where they are computed.
         place: "device", "host" (page-locked for a GPU) or "disk".
-        folder: for "disk": where the file is made; it has no name, so nothing of it outlives the process.
+        folder: for "disk": where the file is made, by default where temporary files go; it has no name, so nothing of it outlives the
+            process.
 
     Raises:
         ValueError: the file cannot be written, such as on a full disk.
@@ -66,7 +67,9 @@ class Activations:
         try:
             write_at(self._file.fileno(), states.cpu().contiguous(), self._first_byte(rows))
         except OSError as error:
-            raise ValueError(f"{self._folder}: the activations cannot be written: {os.strerror(error.errno or 0)}") from error
+            raise ValueError(
+                f"{self._folder or tempfile.gettempdir()}: the activations cannot be written: {os.strerror(error.errno or 0)}"
+            ) from error
 
     def _first_byte(self, rows: slice) -> int:
         return rows.start * self._shape[1] * self._shape[2] * self._dtype.itemsize

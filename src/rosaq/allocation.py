@@ -1,8 +1,8 @@
 """Bits where they count: the form of every site of every block that loses least at no more than so many bits per weight.
 
-A site's loss in a form is what its outputs' error does to the model's predictions: KL ~ sum over layers of tr(dW M dW^T) / 2,
-M the second moment of the site's inputs, each token counted by what its errors cost (`sensitivity.py`), with the error dW
-that rounding is expected to make (`rounding/expected.py`).
+A site's loss in a form is what its outputs' error does to the model's predictions: KL ~ tr(dW M dW^T) / 2N, N the site's outputs,
+M the second moment of its inputs, each token counted by what its errors cost (`sensitivity.py`), with the error dW that
+rounding is expected to make (`rounding/expected.py`).
 The choice is the Lagrangian one: all sites go along the convex hulls of their losses against their bits, steepest step
 first, until no step fits (Shoham & Gersho, 1988, https://doi.org/10.1109/29.90373). Layers that are computed as one (q, k,
 v; gate, up) are a site, so they stay of one form.
@@ -47,7 +47,7 @@ def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -
     """The allocation of a recipe with `target_bits`, as `Recipe.allocation` has it.
 
     Two more passes over a part of the calibration text, one of them backward unless the flow has its tokens' weights already; one
-    block in memory at a time.
+    block in memory at a time. What is found serves other targets of the same statistics.
 
     Args:
         job: of the recipe without an allocation.
@@ -55,7 +55,16 @@ def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -
         flow: how passes are run; one rank does this alone.
         progress: called as (stage, done, total).
     """
-    source, flow = job.source, replace(flow, start=0, ranks=ALONE)
+    key = job.recipe.replace(name="options", description="", target_bits=0.0, distillation_windows=0, distillation_epochs=0)
+    if key not in statistics.options:
+        statistics.options[key] = _options(job, statistics, replace(flow, start=0, ranks=ALONE), progress)
+    forms = [str(option.form) for option in choose(statistics.options[key], _budget(job))]
+    return " ".join(",".join(forms[start : start + len(SITES)]) for start in range(0, len(forms), len(SITES)))
+
+
+def _options(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -> list[list[Option]]:
+    """The options of all blocks' sites."""
+    source = job.source
     dtype, windows = compute_dtype(source, job.device), statistics.windows
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     if flow.weights is None:
@@ -65,8 +74,7 @@ def allocate(job: Job, statistics: Statistics, flow: Flow, progress: Progress) -
         sites += _block_options(job, index, statistics, moments)
         del moments  # so that they are not held while the next block runs
         progress("allocation", index + 1, source.architecture.layers)
-    forms = [str(option.form) for option in choose(sites, _budget(job))]
-    return " ".join(",".join(forms[start : start + len(SITES)]) for start in range(0, len(forms), len(SITES)))
+    return sites
 
 
 def _budget(job: Job) -> int:
@@ -84,17 +92,19 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
     prepared = prepare(job, index, job.source.block(index, job.device), statistics.inputs[index], given)
     found = []
     for number, (site, forms) in enumerate(site_options(recipe).items()):
-        moment_KK, layout = prepared.moment(site, moments[site]), job.plan.blocks[index][SITES[site][0]]
+        moment_KK = prepared.moment(site, moments[site])
         order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
         moment_KK = moment_KK[order][:, order]
-        weights_K = channel_weights(moment_KK, layout, recipe.rounding == "gptq")
+        weights: dict[int, torch.Tensor] = {}  # by salient channels
         weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         options = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
             stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
-            loss = expected_loss(weight_NK, stacked, weights_K, moment_KK, recipe.clipping == "mse") / 2
+            if form.salient not in weights:
+                weights[form.salient] = channel_weights(moment_KK, stacked, recipe.rounding == "gptq")
+            loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse") / (2 * len(weight_NK))
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found

@@ -21,7 +21,7 @@ MANIFEST = "rosaq.json"
 def finish_checkpoint(
     work: WorkFolder, shards: ShardFiles, config: Any, manifest: dict[str, Any], texts: dict[str, str], companions: list[Any]
 ) -> None:
-    """Write what stands beside the shards, and give the checkpoint its name.
+    """Write what stands beside the shards; the checkpoint is whole then, in the work folder.
 
     Args:
         work: the run's folder.
@@ -36,7 +36,6 @@ def finish_checkpoint(
     """
     with disk_errors(work.destination):
         write_beside(work.checkpoint, shards.finish(), config, manifest, texts, companions)
-    work.publish()
 
 
 def write_beside(
@@ -120,7 +119,8 @@ def quantization_config(plan: Plan, recipe: dict[str, Any], calibration: dict[st
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a local folder says that it is a rosaq checkpoint."""
     config = Path(folder) / "config.json"
-    return config.is_file() and (read_json(config).get("quantization_config") or {}).get("quant_method") == "rosaq"
+    quantization = read_json(config).get("quantization_config") if config.is_file() else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "rosaq"
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -135,7 +135,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
     check_version(manifest.get("format_version"), folder / MANIFEST)
-    for name, entry in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+        raise ValueError(f"{folder / MANIFEST}: names no files with their bytes and sha256, so nothing can be verified")
+    for name, entry in files.items():
         path = safe_member(folder, name)
         size = path.stat().st_size
         if size != entry["bytes"]:

@@ -259,7 +259,7 @@ def run_blocks(
     runner = BlockRunner(source.config, windows.shape[1], dtype, device)
     with Activations((part.shape[0], windows.shape[1], a.hidden), dtype, device, flow.place, flow.folder) as hidden:
         with clock("embedding"):
-            _embed(source, part, hidden, (device, dtype), tokens)
+            embed(source, part, hidden, (device, dtype), tokens)
         blocks = source.blocks(range(a.layers), device)
         for index in range(a.layers):
             with clock("reading"):
@@ -302,7 +302,8 @@ def folded(tensors: Block, dtype: torch.dtype) -> Block:
     return {name: tensor.to(dtype) for name, tensor in exact.items()}
 
 
-def _embed(source: Source, windows: torch.Tensor, hidden: Activations, form: tuple[str, torch.dtype], tokens: int) -> None:
+def embed(source: Source, windows: torch.Tensor, hidden: Activations, form: tuple[str, torch.dtype], tokens: int) -> None:
+    """Put the embeddings of windows (S, T) into the hidden states, by batches of so many tokens; the form is device and type."""
     table = source.embedding().to(form[0])
     for rows in batches(windows, tokens):
         hidden.write(rows, torch.nn.functional.embedding(windows[rows].to(form[0]), table).to(form[1]))

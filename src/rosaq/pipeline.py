@@ -1,7 +1,7 @@
 """The method in order, one call a stage; reads like the paper's algorithm (ROSAQ section 4, arXiv:2506.13472)."""
 
 import copy
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rosaq.channel_picture import channel_picture
 from rosaq.checkpoint import check_published, finish_checkpoint, published_recipe, quantization_config
 from rosaq.clock import Clock, Progress, no_progress, peak_memory
 from rosaq.device import resolve_device
+from rosaq.distillation import Settings, distill
 from rosaq.distributed import current_ranks
 from rosaq.job import Job, find_bases, quantize_block, quantize_table
 from rosaq.learned import Learned, learning_key
@@ -25,9 +26,8 @@ from rosaq.plan import make_plan
 from rosaq.recipe import Recipe, load_recipe
 from rosaq.results import Results, block_part, checkpoint_parts
 from rosaq.run import Means, Report, Run
-from rosaq.sensitivity import held_states, token_weights
 from rosaq.source import Source, open_source
-from rosaq.statistics import Statistics, calibration_record, compute_dtype, measure_durably
+from rosaq.statistics import Statistics, calibration_record, measure_durably, read_windows
 from rosaq.workfolder import WorkFolder, check_destination
 
 LEARNED = "rotations-learned"  # record of rotations that were learned, which takes long
@@ -76,29 +76,38 @@ def quantize(
         checkpoint_parts(source, plan)  # refuses what is wrong with the model's tensors
     run = Run(source, recipe, plan, device, current_ranks(), clock, progress)
     settings, windows = run.settings(calibration)
+    _check_distillation(run, settings, means)
     with WorkFolder(destination, run.identity(settings), run.ranks, means.force) as work, device_bound(device, means.max_device_memory):
         if windows is None:
             assert isinstance(calibration, Calibration)
             windows = run.sampled(calibration, work)
+        if run.ranks.first and work.distilled.is_dir():
+            work.place()
+        run.ranks.wait()
         if work.published:
-            if allocation := published_recipe(work).get("allocation", ""):
-                run = run.allocated(allocation)
-            report = run.report(settings, windows)
-            report.learning = check_published(work, report.lasting()).get("learning", {})
-            if run.ranks.first:
-                work.publish()
+            report = _published(run, work, settings, windows)
         else:
-            flow = run.flow(windows, means, work.path)
-            backward = run.flow(windows, means, work.path, held_states(source.architecture.layers)) if run.backward else flow
+            flows = run.flows(windows, means, work.path)
             measured = calibration if isinstance(calibration, Statistics) else None
-            report = _make(run, work, (flow, backward), settings, measured or windows)
-            report.activations = flow.place
+            report = _make(run, work, flows, settings, measured or windows)
+            report.activations = flows[1].place
     report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
     return report
 
 
+def _published(run: Run, work: WorkFolder, settings: dict[str, Any], windows: torch.Tensor) -> Report:
+    """The report of a checkpoint that has its name already; what is left of the work is removed."""
+    if allocation := published_recipe(work).get("allocation", ""):
+        run = run.allocated(allocation)
+    report = run.report(settings, windows)
+    report.learning = check_published(work, report.lasting()).get("learning", {})
+    if run.ranks.first:
+        work.publish()
+    return report
+
+
 def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[str, Any], calibration: Statistics | torch.Tensor) -> Report:
-    """The stages, each durable: measure, rotate, take gradients, allocate where there is a target, round, write.
+    """The stages, each durable: measure, rotate, take gradients, allocate where there is a target, round, write, distil.
 
     The second flow is of passes backward.
     """
@@ -129,8 +138,42 @@ def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[s
         run.ranks.wait()
         if first:
             _finish(work, results, run, report, _pictures(job, statistics))
+    with run.clock("distillation") if run.recipe.distillation_windows else nullcontext():
+        if first and run.recipe.distillation_windows:
+            _distill(run, work, settings)
+    with run.clock("writing"):
+        if first:
+            work.publish()
         run.ranks.wait()
     return report
+
+
+def _check_distillation(run: Run, settings: dict[str, Any], means: Means) -> None:
+    """Refuse at once what distillation would refuse at the end."""
+    recipe = run.recipe
+    if not recipe.distillation_windows:
+        return
+    if means.max_memory is not None:
+        raise ValueError(f"recipe {recipe.name!r}: distillation holds the whole model, which max-memory is there to avoid; give one or the other")
+    if not {"text", "seed"} <= set(settings):
+        raise ValueError(f"recipe {recipe.name!r}: distillation reads more text than the calibration windows; give a text instead of token ids")
+    text, training = _distillation(recipe, settings)
+    if run.ranks.first and text.text != "self":
+        with run.clock("text"):
+            read_windows(run.source, replace(text, samples=text.samples + training.held_out), run.device, run.progress)
+
+
+def _distillation(recipe: Recipe, settings: dict[str, Any]) -> tuple[Calibration, Settings]:
+    """The text that a recipe trains on, and how."""
+    training = Settings(epochs=recipe.distillation_epochs)
+    if recipe.distillation_windows < training.batch:
+        raise ValueError(f"recipe {recipe.name!r}: distillation_windows is {recipe.distillation_windows}; it must be {training.batch} or more")
+    return Calibration(settings["text"], recipe.distillation_windows, settings["seq_len"], settings["seed"]), training
+
+
+def _distill(run: Run, work: WorkFolder, settings: dict[str, Any]) -> None:
+    """Train what the finished checkpoint keeps precise; the result lies beside it, to be published in its place."""
+    distill(work.checkpoint, run.source, work.distilled, *_distillation(run.recipe, settings), run.device, run.progress)
 
 
 def _laid_out(run: Run, work: WorkFolder) -> Results:
@@ -166,13 +209,10 @@ def _token_weights(run: Run, work: WorkFolder, flow: Flow, statistics: Statistic
         statistics.weights = [{} for _ in range(run.source.architecture.layers)]
         for name, weights in work.load(WEIGHTS).items():
             statistics.weights[int(name.split(".")[0])][name.split(".")[1]] = weights
-    elif run.ranks.agree(statistics.weights is None):
-        dtype = compute_dtype(run.source, run.device)
-        statistics.weights = token_weights(run.source, statistics.windows, run.device, dtype, flow, run.progress)
-        if run.ranks.first:
-            work.save(WEIGHTS, {f"{index:05d}.{site}": each for index, sites in enumerate(statistics.weights) for site, each in sites.items()})
-    assert statistics.weights is not None
-    return statistics.weights
+    found = run.weights(statistics, flow)
+    if run.ranks.first and not work.has(WEIGHTS):
+        work.save(WEIGHTS, {f"{index:05d}.{site}": each for index, sites in enumerate(found) for site, each in sites.items()})
+    return found
 
 
 def _pictures(job: Job, statistics: Statistics) -> Pictures:
@@ -207,7 +247,7 @@ def _round_blocks(run: Run, job: Job, statistics: Statistics, results: Results, 
     mine = [index for index in range(layers) if index % ranks.count == ranks.rank and not done[index]]
     blocks, turn = run.source.blocks(mine, run.device), []
     first = next((index for index in range(layers) if not done[index]), layers)
-    for index, moments in enumerate(_moments(job, statistics, replace(flow, start=first)), first):
+    for index, moments in enumerate(run.moments(statistics, replace(flow, start=first)), first):
         if index in mine:
             turn.append((index, moments))
         del moments
@@ -229,13 +269,6 @@ def _round_tables(run: Run, job: Job, results: Results) -> None:
     for index, module in enumerate(modules):
         if index % run.ranks.count == run.ranks.rank and not results.done(module):
             results.later(module, quantize_table(job, module))
-
-
-def _moments(job: Job, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
-    if job.recipe.needs_moments:
-        return statistics.second_moments(job.source, job.device, flow)
-    return iter([{}] * (job.source.architecture.layers - flow.start))
 
 
 def _finish(work: WorkFolder, results: Results, run: Run, report: Report, pictures: Pictures) -> None:

@@ -109,6 +109,9 @@ class Recipe:
             bits per weight (`allocation.py`); `bits` then says nothing.
         allocation: what was found for the target, or given: a word per decoder block, with the forms of attn_in,
             attn_out, mlp_in and mlp_out as BITS:SALIENT:GROUP, separated by commas. "": the recipe's own for all.
+        distillation_windows: of the calibration text, of its length, on which all that stays precise is trained against the original
+            afterwards (`distillation/`); 0: none of it. It holds the whole model.
+        distillation_epochs: times that each of them is seen, else 0.
 
     Raises:
         ValueError: a value that is not allowed, naming the field and what is.
@@ -140,6 +143,8 @@ class Recipe:
     seed: int = 0
     target_bits: float = 0.0
     allocation: str = ""
+    distillation_windows: int = 0
+    distillation_epochs: int = 0
 
     def __post_init__(self) -> None:
         """Refuse types and values that mean nothing, and pairs that contradict each other."""
@@ -150,7 +155,7 @@ class Recipe:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; it must be of type {expected.__name__}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ValueError(f"recipe {self.name!r}: {field.name} is {value!r}; allowed are {CHOICES[field.name]}")
-        for name in ("salient", "salient_per_head", "salient_down", "refinement", "seed"):
+        for name in ("salient", "salient_per_head", "salient_down", "refinement", "seed", "distillation_windows", "distillation_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe {self.name!r}: {name} is {getattr(self, name)}; it must be 0 or more")
         if self.sink_weight < 1:
@@ -160,6 +165,7 @@ class Recipe:
         self._refuse_contradictions()
         self._refuse_rotations()
         self._refuse_allocations()
+        self._refuse_distillation()
 
     def _refuse_rotations(self) -> None:
         """Refuse what no rotation that is drawn or learned, or made at run time, allows."""
@@ -194,6 +200,17 @@ class Recipe:
             for name, value in (("rotation", "learned"), ("head_rotation", "concatenated"), ("down_rotation", "hadamard")):
                 if getattr(self, name) == value:
                     raise ValueError(f"recipe {self.name!r}: target_bits does not go with {name} {value!r}")
+
+    def _refuse_distillation(self) -> None:
+        """Refuse half of the settings, and rotations that are made at run time."""
+        windows, epochs = self.distillation_windows, self.distillation_epochs
+        if (windows > 0) != (epochs > 0):
+            raise ValueError(
+                f"recipe {self.name!r}: distillation_windows is {windows} and distillation_epochs {epochs}; both must be above 0, or both 0 for none"
+            )
+        for name, value in (("rotation", "per-layer"), ("head_rotation", "concatenated"), ("down_rotation", "hadamard")):
+            if windows and getattr(self, name) == value:
+                raise ValueError(f"recipe {self.name!r}: distillation does not go with {name} {value!r}, which rotates at run time")
 
     def site_forms(self, block: int) -> tuple[SiteForm, ...]:
         """How attn_in, attn_out, mlp_in and mlp_out of a decoder block are stored.

@@ -1,5 +1,6 @@
 """A run: what its stages share, what it may take, what tells it from another, and what it reports."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rosaq.memory import Work, estimate, place_activations
 from rosaq.moments import BATCH_TOKENS, Flow, own_windows
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe
-from rosaq.sensitivity import LOGITS_BYTES
+from rosaq.sensitivity import LOGITS_BYTES, held_states, token_weights
 from rosaq.source import Source
 from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
 from rosaq.version import __version__
@@ -54,7 +55,8 @@ class Report:
         seconds: time of each stage of this process; they add up to the run's.
         peak_host_bytes: of this process, as the operating system has it.
         peak_device_bytes: of PyTorch on the GPU, 0 on the CPU.
-        activations: where they were kept: "device", "host" or "disk"; "" where the checkpoint was whole already.
+        activations: where they were kept, of a pass backward where there is one: "device", "host" or "disk"; "" where the checkpoint was
+            whole already.
         resumed_blocks: decoder blocks that an earlier run had rounded.
         learning: how rotations were learned (`learned.Learned.record`), empty where they were not.
         model: the original's hub id, or the last part of its local path.
@@ -137,10 +139,40 @@ class Run:
         found = 2 * 4 * windows.numel() * a.layers * len(SITES)
         return found if self.device.startswith("cuda") else found + batch * (16 * a.hidden + 8 * a.intermediate) * 4 + 5 * LOGITS_BYTES
 
-    def flow(self, windows: torch.Tensor, means: Means, folder: Path, states: int = 1) -> Flow:
-        """How passes over these windows are run, by the memory there is, where so many hidden states of each are kept."""
-        place = place_activations(self.work(windows, states), self.device, means.max_memory, means.max_device_memory)
-        return Flow(0, self.ranks, place, folder, self.clock, self.recipe.sink_weight)
+    @property
+    def states(self) -> int:
+        """Hidden states of each window that are kept at a time: one, and more where gradients are taken."""
+        return held_states(self.source.architecture.layers) if self.backward else 1
+
+    def flows(self, windows: torch.Tensor, means: Means, folder: Path | None, beside: int = 0) -> tuple[Flow, Flow]:
+        """How passes over these windows are run, by the memory there is: those forward, and those backward, which keep more hidden states.
+
+        Args:
+            windows: nothing but their shape is looked at.
+            means: bound on the memory.
+            folder: for activations on disk; None: where temporary files go.
+            beside: hidden states of each window that someone else keeps at the same time.
+        """
+        places = [
+            place_activations(self.work(windows, states + beside), self.device, means.max_memory, means.max_device_memory)
+            for states in dict.fromkeys((1, self.states))
+        ]
+        forward = Flow(0, self.ranks, places[0], folder, self.clock, self.recipe.sink_weight)
+        return forward, replace(forward, place=places[-1])
+
+    def weights(self, statistics: Statistics, flow: Flow) -> list[dict[str, torch.Tensor]]:
+        """What an error counts at each token, found by all ranks together and kept in the statistics; a pass backward unless they have it."""
+        if self.ranks.agree(statistics.weights is None):
+            dtype = compute_dtype(self.source, self.device)
+            statistics.weights = token_weights(self.source, statistics.windows, self.device, dtype, flow, self.progress)
+        assert statistics.weights is not None
+        return statistics.weights
+
+    def moments(self, statistics: Statistics, flow: Flow) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole second moments of each block's sites where the recipe looks at them, by a second pass or held; else nothing."""
+        if self.recipe.needs_moments:
+            return statistics.second_moments(self.source, self.device, flow)
+        return iter([{}] * (self.source.architecture.layers - flow.start))
 
     def settings(self, calibration: Calibration | Statistics | torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """What is known of the calibration before the work folder is opened: settings, and windows unless they are sampled."""

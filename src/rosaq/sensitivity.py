@@ -18,7 +18,7 @@ from rosaq.architecture import LINEARS, SITES
 from rosaq.clock import Progress
 from rosaq.distributed import Ranks
 from rosaq.learned import gpu_arithmetic
-from rosaq.moments import BATCH_TOKENS, Flow, check_finite, folded, own_windows
+from rosaq.moments import BATCH_TOKENS, Flow, check_finite, embed, folded, own_windows
 from rosaq.skeleton import BlockRunner, batches
 from rosaq.source import Source
 
@@ -116,16 +116,14 @@ def token_weights(
         ValueError: the gradients are not finite.
     """
     layers, whole = source.architecture.layers, windows.shape
-    mine = own_windows(windows, BATCH_TOKENS[torch.device(device).type], flow.ranks)
+    tokens = BATCH_TOKENS[torch.device(device).type]
+    mine = own_windows(windows, tokens, flow.ranks)
     windows = windows[mine]
     passes, shape = _Passes(source, windows, device, dtype), (windows.shape[0], windows.shape[1], source.architecture.hidden)
     with ExitStack() as stack, gpu_arithmetic(device):
         held = [stack.enter_context(Activations(shape, dtype, device, flow.place, flow.folder)) for _ in range(held_states(layers))]
         kept, inputs, states = held[: len(passes.segments)], held[len(passes.segments) : -1], held[-1]
-        table = source.embedding().to(device)
-        for rows in passes.rows:
-            states.write(rows, torch.nn.functional.embedding(windows[rows].to(device), table).to(dtype))
-        del table
+        embed(source, windows, states, (device, dtype), tokens)
         for number, segment in enumerate(passes.segments):
             for index in segment:
                 passes.forward(index, states, states, kept[number] if index == segment.start else None)

@@ -11,9 +11,16 @@ from rosaq.source import Source
 
 
 def meta_model(config: Any) -> Any:
-    """The causal language model of a config, on the meta device: modules, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    """The causal language model of a config, on the meta device: modules, no memory.
+
+    Raises:
+        ValueError: transformers knows no such model, such as for a kind of rotary embedding that it does not have.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"transformers cannot make a model of this config.json: {type(error).__name__}: {error}") from error
 
 
 def full_model(source: Source, dtype: torch.dtype, device: str = "cpu") -> Any:

@@ -232,7 +232,7 @@ def _download(repository: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=HUB_SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{repository}: not a local path, and the hub did not give it: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{repository}: not a local path, and the hub did not give it: {_told(error)}") from error
 
 
 def _read_config(folder: Path, name: str) -> Any:
@@ -247,7 +247,7 @@ def _read_config(folder: Path, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is wrong
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_told(error)}") from error
 
 
 def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
@@ -260,9 +260,9 @@ def _open_folder(folder: Path, name: str, hub_id: str | None = None) -> Source:
     try:
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_generation else None
     except Exception as error:
-        raise ValueError(f"{folder / 'generation_config.json'}: transformers cannot read it: {_first_line(error)}") from error
+        raise ValueError(f"{folder / 'generation_config.json'}: transformers cannot read it: {_told(error)}") from error
     files, half, origin = tuple(tensors.files), _stored(dtype) == dtype, of_folder(folder, hub_id)
-    return Source(name, config, architecture, tensors, _stored(dtype), _tokenizer(folder), generation, files, half, origin)
+    return Source(name, config, architecture, tensors, _stored(dtype), read_tokenizer(folder), generation, files, half, origin)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -274,8 +274,8 @@ def _open_gguf(path: Path) -> Source:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install gguf") from error
-    except (ValueError, KeyError, OSError, IndexError) as error:
-        raise ValueError(f"{path}: not a GGUF model that transformers reads: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, by where the file is cut or corrupt
+        raise ValueError(f"{path}: not a GGUF model that transformers reads, or truncated or corrupt: {_told(error)}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it says how the GGUF was stored, which no longer holds
     architecture = Architecture.of(config, str(path))
@@ -290,14 +290,20 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder, None where it has none.
+
+    Raises:
+        ValueError: there is one that transformers cannot read.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {_told(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _told(error: Exception) -> str:
+    """An error of a library on one line, cut where it goes on at length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

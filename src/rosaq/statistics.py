@@ -34,6 +34,7 @@ class Statistics:
         residual: moment (D, D) of the residual stream where it was summed up block by block, because the inputs lack theirs.
         learned: rotations learned from the windows (`learned.Learned`), by what they depend on; filled by `quantize`.
         weights: what an error counts at each token (`sensitivity.token_weights`), where a recipe has asked for it; filled by `quantize`.
+        options: forms that sites may get and what they lose (`allocation.Option`), by recipe without its target; filled by `quantize`.
         hold: keep the whole second moments that recipes have asked for; see `moments_fit`.
     """
 
@@ -43,6 +44,7 @@ class Statistics:
     residual: torch.Tensor | None = None
     learned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     weights: list[dict[str, torch.Tensor]] | None = None
+    options: dict[Recipe, Any] = field(default_factory=dict)
     hold: bool = False
     _held: dict[tuple[int, bool], list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -89,6 +91,15 @@ class Statistics:
             del moments  # so that they are not held while the next block runs
         if hold:
             self._held[kind] = held
+
+    def moments(self, sink_weight: int) -> dict[str, torch.Tensor] | None:
+        """The whole second moments held for one weight of the first tokens, all tokens else alike: by "block.site"; None where none are held."""
+        held = self._held.get((sink_weight, False))
+        return None if held is None else {f"{index}.{site}": moment for index, moments in enumerate(held) for site, moment in moments.items()}
+
+    def hold_moments(self, sink_weight: int, moments: dict[str, torch.Tensor]) -> None:
+        """Hold what `moments` gave to another process."""
+        self._held[sink_weight, False] = [{site: moments[f"{index}.{site}"] for site in SITES} for index in range(len(self.inputs))]
 
 
 def moments_fit(source: Source) -> bool:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from rosaq.distributed import Ranks
 from rosaq.safetensors_folder import raw_bytes, read_json
 
-CHECKPOINT, STATE, LOCK = "checkpoint", "state.json", "lock"
+CHECKPOINT, DISTILLED, STATE, LOCK = "checkpoint", "distilled", "state.json", "lock"
 UNFINISHED = "tmp-"  # begins the name of a file that is being written
 
 
@@ -44,7 +44,7 @@ class WorkFolder:
     def __init__(self, destination: Path, identity: Mapping[str, Any], ranks: Ranks, force: bool = False) -> None:
         """Nothing is touched yet."""
         self.destination, self.path = destination, work_path(destination)
-        self.checkpoint = self.path / CHECKPOINT
+        self.checkpoint, self.distilled = self.path / CHECKPOINT, self.path / DISTILLED
         self._identity, self._ranks, self._force = json.loads(json.dumps(identity)), ranks, force
         self._lock: int | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -159,14 +159,23 @@ class WorkFolder:
         with disk_errors(self.path):
             write_whole(self.path / name, content)
 
-    def publish(self) -> None:
-        """Give the checkpoint its name, and remove this folder."""
+    def place(self) -> None:
+        """Give the checkpoint, the distilled one where there is one, its name."""
         with disk_errors(self.destination):
             if not self.published:
                 if self.destination.exists():
                     self.destination.rmdir()
-                self.checkpoint.rename(self.destination)
+                made = self.checkpoint
+                if self.distilled.is_dir():
+                    shutil.rmtree(self.checkpoint, ignore_errors=True)
+                    made = self.distilled
+                made.rename(self.destination)
                 flush(self.destination.parent)
+
+    def publish(self) -> None:
+        """Give the checkpoint its name, and remove this folder."""
+        self.place()
+        with disk_errors(self.destination):
             _remove(self.path)
 
 
@@ -194,6 +203,18 @@ def check_destination(destination: Path) -> None:
             raise ValueError(f"{destination}: output folder is not empty; name another or empty it")
     elif destination.exists():
         raise ValueError(f"{destination}: output is not a folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that neither is there nor could be made, before work whose result is to go into it.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    folder = folder.expanduser().absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written: {place} is not a folder that may be written into")
 
 
 @contextlib.contextmanager

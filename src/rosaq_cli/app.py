@@ -72,6 +72,9 @@ def main() -> None:
     except (ValueError, MemoryError, NotImplementedError) as error:
         _say(str(error), error)
         sys.exit(1)
+    except OSError as error:  # what the file system refuses, such as a name that is too long
+        _say(f"{error.filename or 'a file'}: {error.strerror or error}", error)
+        sys.exit(1)
     except Stopped as error:
         _say("interrupted" if error.number == signal.SIGINT else "terminated", error)
         sys.exit(128 + error.number)
@@ -92,5 +95,5 @@ def _stop(number: int, _: object) -> None:
 
 def _say(what: str, error: BaseException) -> None:
     """One sentence, with what a stage that the error passed had to add."""
-    told = "; ".join([what or type(error).__name__, *getattr(error, "__notes__", [])])
+    told = "; ".join([" ".join(what.split()) or type(error).__name__, *getattr(error, "__notes__", [])])
     errors.print(f"rosaq: {told}", style="red", markup=False, highlight=False, soft_wrap=True)

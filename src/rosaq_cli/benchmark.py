@@ -34,6 +34,7 @@ def kernels(
         raise ValueError(f"dtype {dtype!r}; allowed are float16, bfloat16")
     if not torch.cuda.is_available():
         raise ValueError("rosaq benchmark kernels times GPU kernels, and PyTorch sees no CUDA GPU here")
+    check_output(output)
     with contextlib.redirect_stdout(sys.stderr if json_output else sys.stdout):
         rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
     result = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
@@ -41,6 +42,14 @@ def kernels(
         write_result(output, result)
     if json_output:
         show_json(result)
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse a JSON file that could not be written, before anything is timed."""
+    from rosaq.workfolder import check_writable
+
+    if output is not None:
+        check_writable(output.parent)
 
 
 def write_result(output: Path, result: dict[str, Any]) -> None:
@@ -82,6 +91,7 @@ def quantize(
 
     chosen = load_recipe(recipe).replace(group_size=group_size, salient=salient, salient_per_head=salient_per_head, target_bits=target_bits)
     case, means = Case(shape, blocks, samples, seq_len, warm), Means(None if max_memory is None else parse_size(max_memory))
+    check_output(output)
     with joined(device) as own_device:
         first = current_ranks().first
         with stage_bars(quiet or json_output or not first) as progress:
@@ -146,6 +156,8 @@ def decode(
     settings = Settings(_pairs(pairs), kind, kv_cache_dtype, tensor_parallel, repeats, without_graphs, at_once, _options(vllm_options))
     if "vllm" in engine and not vllm_installed():
         raise ValueError("vLLM is not installed in this environment; install it (pip install 'rosaq[vllm]') or give --engine transformers")
+
+    check_output(output)
 
     def told(timing: Timing, so_far: dict[str, Any]) -> None:
         what = timing.failure or ", ".join(f"{pair}: {step:.2f} ms" for pair, step in timing.steps_ms.items())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rosaq_cli.evaluate import check_counts
 from rosaq_cli.screen import errors, results, show_json, show_table, silence_transformers, stage_bars
 
 if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
@@ -46,7 +47,6 @@ def compare(
     """Quantize by each recipe, evaluate each packed checkpoint, and write one table as Markdown, CSV and HTML.
 
     pareto.md has the rows by bits per weight, pareto.svg and pareto.png draw them where matplotlib is installed.
-
     A cell is a recipe at its bits and calibration seed; each has a JSON file. The same command goes on where it was
     stopped, and several may work in one folder at once.
     """
@@ -55,8 +55,11 @@ def compare(
     from rosaq.comparison.published import published as of_the_paper
     from rosaq.comparison.run import compare as run
     from rosaq.comparison.table import make_table
+    from rosaq.engines.loading import check_dtype
 
     silence_transformers()
+    check_counts({"--window": window, "--windows": windows, "--limit": limit})
+    check_dtype(dtype)
     chosen = tuple(sized(_recipe(name), group_size, salient, salient_per_head, salient_down) for name in _words("recipes", recipes))
     experiment = Experiment(
         model, chosen, _numbers("bits", ",".join(bits or ["4,3"])), _numbers("seeds", seeds), _words("tasks", tasks),

@@ -15,10 +15,10 @@ def distill(
     calibration: Annotated[str, typer.Option(help="Text to train on, as for quantize.")] = "pile",
     samples: Annotated[int, typer.Option(help="Windows to train on; 8 more are held out.")] = 400,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    epochs: Annotated[int, typer.Option(help="Passes over all windows.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Passes over all windows.")] = 1,
     learning_rates: Annotated[
         str, typer.Option(help="Of scales, salient weights, norms and codes, per step; 0 leaves a part alone.")
-    ] = "1e-3,5e-5,1e-3,0",
+    ] = "3e-3,1.5e-4,3e-3,0",
     seed: Annotated[int, typer.Option(help="Seed of the choice of text and of the order of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -53,5 +53,5 @@ def _rates(text: str) -> tuple[float, float, float, float]:
     try:
         scales, salient, norms, codes = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--learning-rates is {text!r}; it takes four numbers separated by commas, such as 1e-3,5e-5,1e-3,0") from error
+        raise ValueError(f"--learning-rates is {text!r}; it takes four numbers separated by commas, such as 3e-3,1.5e-4,3e-3,0") from error
     return scales, salient, norms, codes

@@ -46,7 +46,7 @@ def evaluate(
 
     silence_transformers()
     texts, questions = _chosen(tasks, text)
-    _check_counts({"--limit": limit, "--every": every, "--window": window})
+    check_counts({"--limit": limit, "--every": every, "--window": window})
     if against is not None and not texts:
         raise ValueError("--against compares what two models predict of a text; add wikitext2 or a text file to --tasks")
     if questions:
@@ -91,7 +91,12 @@ def _chosen(tasks: str | None, text: Path | None) -> tuple[list[str], list[str]]
     return texts, questions
 
 
-def _check_counts(options: dict[str, int | None]) -> None:
+def check_counts(options: dict[str, int | None]) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ValueError: names the option.
+    """
     for name, value in options.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")

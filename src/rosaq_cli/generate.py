@@ -1,10 +1,12 @@
 """`rosaq generate`."""
 
+import math
 import time
 from typing import Annotated
 
 import typer
 
+from rosaq_cli.evaluate import check_counts
 from rosaq_cli.screen import errors, show_json, silence_transformers
 
 
@@ -27,8 +29,11 @@ def generate(
     from rosaq.engines.loading import load_model
 
     silence_transformers()
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+    check_counts({"--max-tokens": max_tokens})
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 or more, and finite")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; allowed are 0 to 2^64 - 1")
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
     loaded, tokenizer = load_model(model, device, dtype, cpu_dtype=torch.bfloat16)

@@ -34,9 +34,11 @@ def inspect(
     from rosaq.inspection.plots import require_matplotlib
     from rosaq.inspection.report import Settings
     from rosaq.inspection.report import inspect as run
+    from rosaq.workfolder import check_writable
 
     silence_transformers()
     require_matplotlib()
+    check_writable(output)
     chosen = None if calibration is None and checkpoint is not None else Calibration(calibration or "pile", samples, seq_len, seed)
     with stage_bars(quiet or json_output) as progress:
         report = run(model, chosen, Settings(salient, salient_per_head, top), checkpoint, device, progress)

@@ -6,6 +6,7 @@ from rosaq_cli.screen import errors, show_json, show_table
 
 if TYPE_CHECKING:  # loading it takes seconds, which `rosaq --help` must not
     from rosaq.forecast import Forecast
+    from rosaq.run import Report
 
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
 
@@ -16,8 +17,7 @@ def show_plan(plan: "Forecast", as_json: bool = False) -> None:
         return show_json(plan.to_dict())
     rows = [
         ["weights", f"{plan.parameters / 1e6:,.1f} million, {_gigabytes(plan.original_bytes)} in FP16"],
-        ["bits per weight", f"{plan.bits_per_weight:.3f}"],
-        ["checkpoint", f"{_gigabytes(plan.checkpoint_bytes)}, {plan.original_bytes / plan.checkpoint_bytes:.2f} times smaller than FP16"],
+        *size_rows(plan),
         ["activations", f"{_gibibytes(plan.activations_bytes)}, {PLACES[plan.activations]}"],
         ["host memory", f"about {_gibibytes(plan.host_bytes)} of {_gibibytes(plan.host_available_bytes)}"],
     ]
@@ -35,6 +35,12 @@ def show_plan(plan: "Forecast", as_json: bool = False) -> None:
     ):
         if needed > there:
             errors.print(f"{what}: about {_gibibytes(needed)} are needed, {_gibibytes(there)} are there", style="yellow", highlight=False)
+
+
+def size_rows(said: "Forecast | Report") -> list[list[str]]:
+    """Rows of a table: bits per weight, and the checkpoint's size."""
+    smaller = f"{said.original_bytes / said.checkpoint_bytes:.2f} times smaller than FP16"
+    return [["bits per weight", f"{said.bits_per_weight:.3f}"], ["checkpoint", f"{_gigabytes(said.checkpoint_bytes)}, {smaller}"]]
 
 
 def _gigabytes(size: int) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rosaq_cli.plan import PLACES, show_plan
+from rosaq_cli.plan import PLACES, show_plan, size_rows
 from rosaq_cli.recipes import complete_recipe
 from rosaq_cli.screen import show_json, show_table, stage_bars
 
@@ -56,8 +56,7 @@ def quantize(
     changes = {"salient": salient, "salient_per_head": salient_per_head, "salient_down": salient_down}
     chosen = load_recipe(recipe).replace(bits=bits, group_size=group_size, target_bits=target_bits, **changes)
     host, gpu = (None if size is None else parse_size(size) for size in (max_memory, max_device_memory))
-    means = Means(host, force, gpu)
-    text = Calibration(calibration, samples, seq_len, seed)
+    means, text = Means(host, force, gpu), Calibration(calibration, samples, seq_len, seed)
     if plan:
         from rosaq.forecast import forecast
 
@@ -68,19 +67,16 @@ def quantize(
         first = current_ranks().first
         with stage_bars(quiet or json_output or not first) as progress:
             report = run(model, output, chosen, text, own_device, progress, means)
-    if not first:
-        return
-    if json_output:
+    if first and json_output:
         show_json(vars(report))
-    elif not quiet:
+    elif first and not quiet:
         _show_report(f"{output}: {chosen.name}", report)
 
 
 def _show_report(title: str, report: "Report") -> None:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     rows = [
-        ["bits per weight", f"{report.bits_per_weight:.3f}"],
-        ["checkpoint", f"{report.checkpoint_bytes / 1e6:.1f} MB, {report.original_bytes / report.checkpoint_bytes:.2f} times smaller than FP16"],
+        *size_rows(report),
         ["FP16 file", f"{report.original_bytes / 1e6:.1f} MB"],
         ["time", f"{sum(report.seconds.values()):.1f} s: {stages}"],
         ["peak host memory", f"{report.peak_host_bytes / 2**30:.2f} GiB"],

@@ -1,5 +1,6 @@
 """Bits per weight against what a model loses: the rows of a table, those that none is better than, and a plot by matplotlib."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,12 @@ class Point:
     bits: float
     perplexity: Figure
     front: bool
+
+    @property
+    def method(self) -> str:
+        """The row's, without the target that ends it: `rosaq-int4-3.9` is a point of `rosaq-int4, targets`."""
+        method, _, target = self.row.method.rpartition("-")
+        return f"{method}, targets" if self.row.bits == 0 and re.fullmatch(r"\d+(\.\d+)?", target) else self.row.method
 
 
 def points(table: Table) -> list[Point]:
@@ -63,8 +70,8 @@ def plot(table: Table) -> Any:
     figure = require_matplotlib()(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     drawn = [point for point in found if point.perplexity.value <= ceiling]
-    for number, method in enumerate(sorted({point.row.method for point in drawn})):
-        own = [point for point in drawn if point.row.method == method]
+    for number, method in enumerate(sorted({point.method for point in drawn})):
+        own = [point for point in drawn if point.method == method]
         _draw(axis, own, method, f"C{number % 10}", "os^Dv<>pPX"[number // 10 % 10] if not method.startswith(OWN) else "*")
     front = [point for point in drawn if point.front]
     axis.plot([point.bits for point in front], [point.perplexity.value for point in front], color="#444", linewidth=0.8, linestyle="--", zorder=0)
@@ -78,4 +85,15 @@ def plot(table: Table) -> Any:
 def _draw(axis: Any, own: Sequence[Point], method: str, colour: str, marker: str) -> None:
     spread = [point.perplexity.spread or 0 for point in own]
     values = [point.perplexity.value for point in own]
-    axis.errorbar([point.bits for point in own], values, yerr=spread, fmt=marker, color=colour, markersize=9 if marker == "*" else 6, label=method)
+    axis.errorbar(
+        [point.bits for point in own],
+        values,
+        yerr=spread,
+        fmt=marker,
+        color=colour,
+        capsize=3,
+        linewidth=0.8,
+        linestyle="-" if len(own) > 2 else "none",
+        markersize=9 if marker == "*" else 6,
+        label=method,
+    )

@@ -1,7 +1,7 @@
 """The folder of a comparison: one JSON file a cell, written at once or not at all, and claims between processes.
 
-`comparison.json` says what all cells agree in; `shared` holds what many cells need: statistics until all cells are there, and
-learned rotations. A claim is a lock on a file that the operating system gives back when its process ends, however it
+`comparison.json` says what all cells agree in; `shared` holds what many cells need: statistics and whole moments until all cells
+are there, and learned rotations. A claim is a lock on a file that the operating system gives back when its process ends, however it
 ends, so that a dead process never blocks a cell.
 """
 
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 
 from rosaq.comparison.experiment import Cell, Experiment
@@ -123,8 +124,20 @@ class Results:
         """Keep a seed's statistics for the other processes."""
         write_whole(self._shared(f"statistics.seed{seed}"), save(found.tensors()))
 
+    @contextmanager
+    def moments(self, seed: int, sink_weight: int) -> Iterator[dict[str, torch.Tensor] | None]:
+        """Hold a seed's whole second moments likewise; gives them, or None."""
+        file = self._moments(seed, sink_weight)
+        with self._lock(file.stem) as free:
+            assert free
+            yield load_file(file) if file.is_file() else None
+
+    def write_moments(self, seed: int, sink_weight: int, found: dict[str, torch.Tensor]) -> None:
+        """Keep a seed's whole second moments for the other processes."""
+        write_whole(self._moments(seed, sink_weight), save(found))
+
     def forget_statistics(self) -> None:
-        """Remove all statistics, which are large."""
+        """Remove all statistics and moments, which are large."""
         for file in (self.folder / "shared").glob("statistics.*"):
             file.unlink(missing_ok=True)
 
@@ -173,6 +186,9 @@ class Results:
             return None
         key = hashlib.sha256(repr(learning_key(cell.recipe)).encode()).hexdigest()[:16]
         return self._shared(f"rotations.seed{cell.seed}.{key}")
+
+    def _moments(self, seed: int, sink_weight: int) -> Path:
+        return self._shared(f"statistics.seed{seed}.moments{sink_weight}")
 
     def _shared(self, name: str) -> Path:
         return self.folder / "shared" / f"{name}.safetensors"

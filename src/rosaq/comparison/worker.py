@@ -23,6 +23,7 @@ from rosaq.comparison.results import Results
 from rosaq.engines.dense import is_packed
 from rosaq.engines.loading import load_model, resolve_dtype
 from rosaq.learned import learning_key
+from rosaq.moments import Flow
 from rosaq.pipeline import quantize
 from rosaq.run import Means
 from rosaq.safetensors_folder import read_json
@@ -128,6 +129,7 @@ class Worker:
             yield model, {**made, "bits": cell.recipe.bits, "seed": cell.seed, "distillation": manifest.get("distillation")}
             return
         statistics, key = self._statistics(cell, clock), learning_key(cell.recipe)
+        self._share_moments(cell, statistics, clock)
         if key not in statistics.learned and (learned := self.results.read_learned(cell)):
             statistics.learned[key] = learned
         with self.results.checkpoint(cell) as place:
@@ -137,9 +139,10 @@ class Worker:
             clock.seconds.update({f"quantize: {stage}": seconds for stage, seconds in report.seconds.items()})
             with clock("loading"):
                 model, _ = load_model(str(place), self.device, self.experiment.dtype, weights="auto")
+            distilled = read_json(place / MANIFEST).get("distillation") if cell.recipe.distillation_windows else None
             yield model, {
                 "recipe": cell.recipe.to_dict(), "bits": cell.recipe.bits, "bits_per_weight": report.bits_per_weight,
-                "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration,
+                "checkpoint_bytes": report.checkpoint_bytes, "seed": cell.seed, "calibration": report.calibration, "distillation": distilled,
             }  # fmt: skip
 
     def _original(self, clock: Clock) -> Any:
@@ -165,6 +168,24 @@ class Worker:
             statistics.hold = moments_fit(self.source)
             self.statistics, self.seed = statistics, cell.seed
         return self.statistics
+
+    def _share_moments(self, cell: Cell, statistics: Statistics, clock: Clock) -> None:
+        """Hold the whole second moments that a recipe needs, one pass for all processes; weighted ones are left to the recipe that weighs."""
+        recipe, seed = cell.recipe, cell.seed
+        assert recipe is not None and seed is not None
+        sink = recipe.sink_weight
+        wanted = recipe.needs_moments and recipe.token_weights == "equal"
+        if not (wanted and self.in_memory and statistics.hold) or statistics.moments(sink) is not None:
+            return
+        with self.results.moments(seed, sink) as found, clock("moments"):
+            if found is not None:
+                statistics.hold_moments(sink, found)
+                return
+            for _ in statistics.second_moments(self.source, self.device, Flow(sink_weight=sink, clock=clock)):
+                pass  # they are held
+            collected = statistics.moments(sink)
+            assert collected is not None
+            self.results.write_moments(seed, sink, collected)
 
 
 def versions() -> dict[str, str]:

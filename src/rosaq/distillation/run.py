@@ -26,6 +26,7 @@ from rosaq.workfolder import check_destination
 
 KEPT_BYTES = (72, 28)  # estimate of what autograd keeps of a block for each token, times its width and that of its feed-forward part
 RECORD = "distillation"  # its key in quantization_config's calibration, and in rosaq.json
+TIMES = ("seconds", "peak_host_bytes", "peak_device_bytes")  # not in rosaq.json, so that the same run gives the same bytes
 
 
 @dataclass
@@ -197,7 +198,8 @@ def _finish(writer: CheckpointWriter, checkpoint: Path, config: Any, manifest: d
     card = checkpoint / "README.md"
     text = (card.read_text(encoding="utf-8") if card.is_file() else "") + _card_section(report)
     companions = [part for part in (source.tokenizer, source.generation_config, Pictures.of(checkpoint)) if part is not None]
-    writer.finish(config, {**kept, RECORD: asdict(report)}, {"README.md": text}, companions)
+    lasting = {key: value for key, value in asdict(report).items() if key not in TIMES}
+    writer.finish(config, {**kept, RECORD: lasting}, {"README.md": text}, companions)
 
 
 def _card_section(report: Report) -> str:

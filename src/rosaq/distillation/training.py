@@ -29,10 +29,10 @@ class Settings:
             the codes (in steps of their grids); 0 leaves a part as it is. They rise at first and then fall by a cosine.
     """
 
-    epochs: int = 4
+    epochs: int = 1
     batch: int = 8
     held_out: int = 8
-    learning_rates: tuple[float, float, float, float] = (1e-3, 5e-5, 1e-3, 0)
+    learning_rates: tuple[float, float, float, float] = (3e-3, 1.5e-4, 3e-3, 0)
 
     def __post_init__(self) -> None:
         """Refuse what trains nothing."""

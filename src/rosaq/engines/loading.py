@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.device import resolve_device
@@ -13,7 +13,7 @@ from rosaq.engines.transformers import RosaqConfig, RosaqQuantizer, register
 from rosaq.linear import RosaqLinear
 from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.skeleton import full_model, meta_model
-from rosaq.source import open_source
+from rosaq.source import open_source, read_tokenizer
 
 WEIGHTS = ("auto", "dense", "packed")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -24,11 +24,20 @@ def resolve_dtype(dtype: str, stored: torch.dtype, cpu: torch.dtype, device: str
 
     "auto" is the type that the model is stored in on a GPU and `cpu` on the CPU, where float16 is slow.
     """
+    check_dtype(dtype)
     if dtype == "auto":
         return cpu if device == "cpu" else stored
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what names no type.
+
+    Raises:
+        ValueError: names what is allowed.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def load_model(
     if Path(model).is_dir() and is_checkpoint(model):
         register()
         verify(model)
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        tokenizer = _given(read_tokenizer(Path(model)), model)
         config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=config_dtype, device_map=device, local_files_only=True, trust_remote_code=False)
         if weights == "dense" or (weights == "auto" and dense_fits(loaded, loaded.dtype)):
@@ -87,6 +96,11 @@ def load_model(
                 module.repack(loaded.dtype)  # now, so that the first token does not wait for it
         return loaded.eval(), tokenizer
     source = open_source(model)
-    if source.tokenizer is None:
+    tokenizer = _given(source.tokenizer, model)
+    return full_model(source, resolve_dtype(dtype, source.dtype, cpu_dtype, device), device), tokenizer
+
+
+def _given(tokenizer: Any, model: str) -> Any:
+    if tokenizer is None:
         raise ValueError(f"{model}: no tokenizer")
-    return full_model(source, resolve_dtype(dtype, source.dtype, cpu_dtype, device), device), source.tokenizer
+    return tokenizer

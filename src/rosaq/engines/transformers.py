@@ -48,6 +48,9 @@ class RosaqConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"quantization_config: unknown key {sorted(unknown)[0]!r}; it was written by another version of rosaq")
         check_version(format_version, "quantization_config")
+        for name, value in (("recipe", recipe), ("layouts", layouts), ("calibration", calibration or {})):
+            if not isinstance(value, dict):
+                raise ValueError(f"quantization_config: {name} is {value!r}; it must be an object")
         Recipe.from_dict(recipe, "quantization_config.recipe")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
@@ -57,6 +60,14 @@ class RosaqConfig(QuantizationConfigMixin):
         self.rotated_norms = rotated_norms or []
         self.rotated_inputs = rotated_inputs or []
         self.hadamard_inputs = hadamard_inputs or []
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read what config.json says; a key that is missing is an error."""
+        missing = sorted({"format_version", "recipe", "layouts"} - set(config_dict))
+        if missing:
+            raise ValueError(f"quantization_config: the key {missing[0]!r} is missing")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says; which inputs are rotated only where there are any, as the pipeline writes it."""

@@ -105,7 +105,11 @@ def read_wikitext2(folder: Path | None = None) -> str:
 
 @torch.inference_mode()
 def perplexity(model: Any, windows: torch.Tensor, progress: Progress) -> Perplexity:
-    """Perplexity of a causal language model over windows (S, T)."""
+    """Perplexity of a causal language model over windows (S, T).
+
+    Raises:
+        ValueError: windows longer than the model's context.
+    """
     losses: list[float] = []
     for rows in _batches(model, windows):
         losses += _losses(_logits(model, rows), rows.to(model.device))
@@ -115,7 +119,15 @@ def perplexity(model: Any, windows: torch.Tensor, progress: Progress) -> Perplex
 
 @torch.inference_mode()
 def divergence(model: Any, reference: Any, windows: torch.Tensor, progress: Progress) -> Divergence:
-    """Perplexities of both, KL divergence and top-1 agreement over windows (S, T), in one pass."""
+    """Perplexities of both, KL divergence and top-1 agreement over windows (S, T), in one pass.
+
+    Raises:
+        ValueError: windows longer than a model's context, or vocabularies of different sizes.
+    """
+    tokens = [each.config.vocab_size for each in (model, reference)]
+    if tokens[0] != tokens[1]:
+        raise ValueError(f"the model has {tokens[0]} tokens and the one that it is compared with {tokens[1]}; give its original")
+    check_context(reference, windows)
     losses: list[float] = []
     reference_losses: list[float] = []
     kl, same = 0.0, 0
@@ -131,8 +143,20 @@ def divergence(model: Any, reference: Any, windows: torch.Tensor, progress: Prog
     return Divergence(_result(losses, windows), _result(reference_losses, windows), kl / predicted, same / predicted)
 
 
+def check_context(model: Any, windows: torch.Tensor) -> None:
+    """Refuse windows (S, T) longer than a model's context, whose losses would say nothing of the model.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    context = model.config.max_position_embeddings
+    if windows.shape[1] > context:
+        raise ValueError(f"a window has {windows.shape[1]} tokens, but the model has a context of {context}; give a shorter --window")
+
+
 def _batches(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Windows in batches whose float32 logits take at most LOGITS_BYTES; one at a time on the CPU."""
+    check_context(model, windows)
     if model.device.type == "cpu":
         return windows.split(1)
     return windows.split(max(1, LOGITS_BYTES // (4 * windows.shape[1] * model.config.vocab_size)))

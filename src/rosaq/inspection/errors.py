@@ -1,26 +1,25 @@
 """What rounding loses in each layer: of the weight, and of the layer's output on the calibration text."""
 
-import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from rosaq.architecture import LINEARS, SITES
-from rosaq.checkpoint import verify
-from rosaq.clock import no_progress
+from rosaq.checkpoint import is_checkpoint, verify
+from rosaq.clock import Progress, no_progress
+from rosaq.distributed import ALONE
+from rosaq.engines.transformers import RosaqConfig
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
-from rosaq.moments import Flow
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
-from rosaq.safetensors_folder import SafetensorsFolder
-from rosaq.sensitivity import token_weights
+from rosaq.run import Means, Run
+from rosaq.safetensors_folder import SafetensorsFolder, read_json
 from rosaq.source import Source
-from rosaq.statistics import Statistics, compute_dtype
+from rosaq.statistics import Statistics
 
 Stored = Callable[[int, Block, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -57,6 +56,7 @@ def recipe_errors(
     observed: Iterable[dict[str, Observation]],
     device: str,
     every: int = 1,
+    progress: Progress = no_progress,
 ) -> list[LayerError]:
     """Errors of each layer as a recipe quantizes it; nothing is written.
 
@@ -67,17 +67,30 @@ def recipe_errors(
         observed: what the outputs are measured on: of the same text, or of another.
         device: where to compute.
         every: look at every so many decoder blocks only.
+        progress: called as (stage, done, total), where gradients are taken.
+
+    Raises:
+        ValueError: the recipe has a target for which no allocation is found yet.
     """
+    if recipe.target_bits and not recipe.allocation:
+        raise ValueError(
+            f"recipe {recipe.name!r} has target_bits {recipe.target_bits:g} and no allocation; quantize by it, and take its checkpoint's recipe"
+        )
     job = make_job(source, recipe, statistics, device)
 
     def stored(index: int, block: Block, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return quantize_block(job, index, block, statistics.inputs[index], moments)
 
-    return _errors(job, statistics, observed, stored, every=every)
+    return _errors(job, statistics, observed, stored, progress, every)
 
 
 def checkpoint_errors(
-    source: Source, folder: Path, statistics: Statistics, observed: Iterable[dict[str, Observation]], device: str
+    source: Source,
+    folder: Path,
+    statistics: Statistics,
+    observed: Iterable[dict[str, Observation]],
+    device: str,
+    progress: Progress = no_progress,
 ) -> list[LayerError]:
     """Errors of each layer of a checkpoint against its original.
 
@@ -86,32 +99,36 @@ def checkpoint_errors(
     Raises:
         ValueError: the checkpoint was calibrated on other windows, or is not this model's.
     """
+    if not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     verify(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    found, wanted = config["calibration"].get("windows_sha256"), statistics.record["windows_sha256"]
+    config = RosaqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    found, wanted = config.calibration.get("windows_sha256"), statistics.record["windows_sha256"]
     if found != wanted:
         raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
     tensors = SafetensorsFolder(folder)
-    job = make_job(source, Recipe.from_dict(config["recipe"], str(folder)), statistics, device)
+    job = make_job(source, Recipe.from_dict(config.recipe, str(folder)), statistics, device)
     for role, module in LINEARS.items():
         name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.blocks[0][role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
             raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
-    errors = _errors(job, statistics, observed, lambda index, *_: tensors)
+    errors = _errors(job, statistics, observed, lambda index, *_: tensors, progress)
     worst = max(errors, key=lambda error: error.weight)
     if worst.weight > 1:
         raise ValueError(f"{folder}: {worst.role} of block {worst.block} is nothing like the original's, so it is not a checkpoint of {source.name}")
     return errors
 
 
-def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, every: int = 1) -> list[LayerError]:
-    found, needed = [], job.recipe.needs_moments
-    # A recipe that searches by the moments must see the very ones that it was quantized by.
-    if job.recipe.token_weights == "gradient" and statistics.weights is None:
-        statistics.weights = token_weights(job.source, statistics.windows, job.device, compute_dtype(job.source, job.device), Flow(), no_progress)
-    flow = Flow(sink_weight=job.recipe.sink_weight, weights=statistics.weights if job.recipe.token_weights == "gradient" else None)
-    passes = statistics.second_moments(job.source, job.device, flow) if needed else itertools.repeat({})
-    for index, (sites, given) in enumerate(zip(observed, passes, strict=False)):
+def _errors(
+    job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, progress: Progress, every: int = 1
+) -> list[LayerError]:
+    run = Run(job.source, job.recipe, job.plan, job.device, ALONE, job.clock, progress)
+    # A recipe that searches by the moments must see the very ones that it was quantized by. Observing keeps hidden states of its own.
+    flow, backward = run.flows(statistics.windows, Means(), None, beside=1)
+    if job.recipe.token_weights == "gradient":
+        flow = replace(flow, weights=run.weights(statistics, backward))
+    found = []
+    for index, (sites, given) in enumerate(zip(observed, run.moments(statistics, flow), strict=True)):
         if index % every:
             continue
         block = job.source.block(index, job.device)

@@ -10,6 +10,7 @@ import torch
 
 from rosaq.architecture import SITE_NORM, SITES
 from rosaq.calibration import Calibration
+from rosaq.checkpoint import is_checkpoint
 from rosaq.clock import Progress, no_progress
 from rosaq.device import resolve_device
 from rosaq.inspection.channels import outliers, top_channels
@@ -84,7 +85,7 @@ def inspect(
         errors = []
         deque(seen(), 0)
     else:
-        errors = checkpoint_errors(source, checkpoint, statistics, seen(), device)
+        errors = checkpoint_errors(source, checkpoint, statistics, seen(), device, progress)
     return {
         "model": source.name,
         "calibration": statistics.record,
@@ -105,9 +106,8 @@ def recorded_calibration(checkpoint: Path) -> Calibration:
     Raises:
         ValueError: it is no rosaq checkpoint, or it was calibrated on token ids that no text is named for.
     """
-    config = read_json(checkpoint / "config.json").get("quantization_config") or {}
-    record = config.get("calibration") or {}
-    if config.get("quant_method") != "rosaq" or not {"text", "samples", "seq_len", "seed"} <= set(record):
+    record = read_json(checkpoint / "config.json")["quantization_config"].get("calibration") if is_checkpoint(checkpoint) else None
+    if not isinstance(record, dict) or not {"text", "samples", "seq_len", "seed"} <= set(record):
         raise ValueError(f"{checkpoint}: not a rosaq checkpoint that names its calibration text; give --calibration")
     return Calibration(record["text"], record["samples"], record["seq_len"], record["seed"])
 

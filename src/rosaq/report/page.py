@@ -7,7 +7,7 @@ from rosaq.report.commands import commands
 from rosaq.report.drawing import Plot
 from rosaq.report.interactive import require_plotly, script, to_json
 from rosaq.report.plots import all_plots
-from rosaq.report.reading import Evidence
+from rosaq.report.reading import Evidence, made_of
 from rosaq.report.summary import sentences, title_of
 from rosaq.report.tables import Grid, checkpoints, comparisons, decoded, evaluations, largest_channels, machines, timed, zero_shot
 from rosaq.version import __version__
@@ -49,7 +49,7 @@ def make_page(evidence: Evidence, title: str | None = None) -> str:
         title: the heading; by default the model's name.
 
     Raises:
-        ValueError: plotly or jinja2 is not installed.
+        ValueError: plotly or jinja2 is not installed, or a file is not what it seems to be.
     """
     require_plotly()
     try:
@@ -58,11 +58,11 @@ def make_page(evidence: Evidence, title: str | None = None) -> str:
         raise ValueError("the report needs plotly and jinja2: pip install 'rosaq[report]'") from error
     folder = resources.files("rosaq.report").joinpath("template")
     text = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "script.js")}
-    parts = sections(evidence)
+    parts, told = made_of(evidence, sections), made_of(evidence, sentences)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(text["page.html"]).render(
-        title=title or title_of(evidence),
-        sentences=sentences(evidence),
+        title=title or made_of(evidence, title_of),
+        sentences=told,
         sections=parts,
         style=text["style.css"],
         script=text["script.js"],

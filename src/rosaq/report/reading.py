@@ -1,9 +1,10 @@
 """What a folder holds of what rosaq measured, told by the files themselves and not by their names."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rosaq.checkpoint import MANIFEST, is_checkpoint
 from rosaq.comparison.experiment import Cell
@@ -22,6 +23,8 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
     "kernels": ({"rows"}, {"microseconds", "limit_us"}),
     "decoding": ({"rows", "settings"}, {"step_ms", "weights"}),
 }
+DAMAGED = (KeyError, TypeError, IndexError, AttributeError)
+Made = TypeVar("Made")
 KNOWN = (
     f"{MANIFEST} of a checkpoint, {COMMON} and cells of `rosaq compare`, inspection.json of `rosaq inspect`, or JSON files of `rosaq quantize`, "
     "`rosaq evaluate` or `rosaq benchmark`"
@@ -63,6 +66,24 @@ class Evidence:
     def of(self, kind: str) -> list[Found]:
         """What there is of a kind."""
         return [one for one in self.found if one.kind == kind]
+
+
+def made_of(evidence: Evidence, make: Callable[[Evidence], Made]) -> Made:
+    """What a function makes of the evidence, which is known by some of its keys only.
+
+    Raises:
+        ValueError: behind the keys of a file is not what rosaq writes there; names the file.
+    """
+    try:
+        return make(evidence)
+    except DAMAGED:
+        for one in evidence.found:
+            try:
+                make(Evidence((one,)))
+            except DAMAGED as error:
+                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise ValueError(f"{one.path}: looks like {one.kind!r}, but is not as rosaq writes that ({what})") from error
+        raise
 
 
 def read_evidence(places: list[Path]) -> Evidence:
@@ -113,7 +134,7 @@ def _comparison(path: Path) -> Found:
     cells = []
     for file in sorted((path / "cells").glob("*.json")):
         values = read_json(file)
-        if not {"recipe", "bits", "seed", "figures", "runs"} <= set(values):
+        if not {"recipe", "bits", "seed", "figures", "runs"} <= set(values) or not isinstance(values["recipe"], dict | None):
             raise ValueError(f"{file}: not a cell of `rosaq compare`")
         recipe = None if values["recipe"] is None else Recipe.from_dict(values["recipe"], str(file))
         there = Path(file.stem.removeprefix(CHECKPOINT_CELL)) if file.stem.startswith(CHECKPOINT_CELL) else None

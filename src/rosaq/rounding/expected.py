@@ -16,15 +16,13 @@ from rosaq.rounding.grid import fit_grid, grouped, to_codes
 
 
 def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: bool) -> torch.Tensor:
-    """What an error of each input channel's weights (K,) counts, float64.
+    """What an error of each input channel's weights (K,) counts in this form, float64.
 
-    With feedback the salient channels of `layout` come last, the first of them at the very end, so that the result holds
-    for any number of salient channels up to the layout's.
+    With feedback the salient channels come last, as in rounding: which ones they are changes what is left for all others to make up for.
     """
     if not feedback:
         return moment_KK.diagonal().double()
-    salient = torch.arange(layout.salient).flip(0)[:, None] + torch.arange(layout.blocks) * layout.block_size
-    order_K = torch.cat([layout.quantized_columns(), salient.flatten()]).to(moment_KK.device)
+    order_K = torch.cat([layout.quantized_columns(), layout.salient_columns()]).to(moment_KK.device)
     weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=moment_KK.device)
     weights_K[order_K] = inverse_factor(moment_KK[order_K][:, order_K]).diagonal().pow(-2)
     return weights_K
@@ -36,7 +34,7 @@ def expected_loss(weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torc
     Args:
         weight_NK: the weight, in the order of the stored channels.
         layout: the form.
-        weights_K: of `channel_weights`.
+        weights_K: of `channel_weights` for that form's salient channels.
         moment_KK: second moment M of the inputs; salient INT8 channels, which nothing makes up for, count by its diagonal.
         searched: ranges are searched by squared error; then clipped weights are off by more than half a step, so that the errors
             themselves are taken.
