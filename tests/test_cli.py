@@ -326,3 +326,13 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # who sizes the cache is left alone
     given = serving.serve_command(tmp_path / "out", ["--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"])
     assert given[4:] == [str(tmp_path / "out"), "--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, options, overlap in (
+        ((9, 0), [], True),
+        ((8, 0), [], False),
+        ((9, 0), ["-cc.mode=3"], False),
+        ((9, 0), ["--compilation-config", "{}"], False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        command = serving.serve_command(tmp_path / "out", options)
+        assert (serving.OVERLAP in command) == overlap and json.loads(serving.OVERLAP) and command[6] == "float16"

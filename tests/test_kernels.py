@@ -180,6 +180,14 @@ def test_measured_cuts_are_ways_to_cut_the_layers_that_they_name() -> None:
     assert {key[:5] for key in measured.CUTS} == set(forms)
 
 
+def test_a_layer_with_other_salient_channels_is_cut_like_the_measured_one() -> None:
+    """W_down was measured without salient channels, and the recommended recipe keeps 128 of them."""
+    for channels in (11008, 14336):
+        plain, split = (stream.plan(LinearLayout(4096, channels, 4, 128, salient=salient, salient_bits=8))[0] for salient in (0, 128))
+        for tokens in (1, 16, 64, 128):
+            assert shapes.choose(split, tokens, measured.MULTIPROCESSORS).cut == shapes.choose(plain, tokens, measured.MULTIPROCESSORS).cut
+
+
 def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     layout = LinearLayout(16, 128, 4, 128)
     tensors = random_tensors(layout, "cpu")

@@ -64,14 +64,26 @@ class Shape:
 def choose(form: Form, tokens: int, multiprocessors: int) -> Shape:
     """The launch that was fastest where this layer was measured, otherwise the one with the least estimated time among those that fit."""
     candidates = decode_shapes(form, tokens) if tokens <= DECODE_TOKENS else batch_shapes(form, tokens)
-    size = next((size for size in MEASURED_TOKENS if tokens <= size), 0)
-    measured = CUTS.get((form.bits, form.group_runs, form.tiles, form.q_items, form.s_items, size))
+    measured = measured_cut(form, tokens)
     if multiprocessors == MULTIPROCESSORS and measured:
         found = next((shape for shape in candidates if shape.cut == measured), None)
         if found:
             return found
     cost = _decode_cost if tokens <= DECODE_TOKENS else _batch_cost
     return min(candidates, key=lambda shape: cost(form, shape, multiprocessors))
+
+
+def measured_cut(form: Form, tokens: int) -> tuple[int, ...] | None:
+    """The cut that was fastest for this layer, or for one that differs only in how many of its channels are salient."""
+    size = next((size for size in MEASURED_TOKENS if tokens <= size), 0)
+    exact = CUTS.get((form.bits, form.group_runs, form.tiles, form.q_items, form.s_items, size))
+    channels = form.q_items * form.runs + form.s_items
+    alike = (
+        cut
+        for (bits, group_runs, tiles, q_items, s_items, tokens), cut in CUTS.items()
+        if (bits, group_runs, tiles, tokens) == (form.bits, form.group_runs, form.tiles, size) and q_items * form.runs + s_items == channels
+    )
+    return exact or next(alike, None)
 
 
 def decode_shapes(form: Form, tokens: int) -> list[Shape]:
