@@ -89,6 +89,14 @@ def test_relative_errors_are_those_of_the_outputs():
     assert of_output == pytest.approx(float((x @ (rounded - weight).T).norm() / (x @ weight.T).norm()))
 
 
+def test_inputs_and_weights_that_are_zero_have_no_error():
+    weight, moment = torch.randn(10, 24), torch.eye(24)
+    assert relative_errors(weight, weight + 0.1, torch.zeros(24, 24))[1] == 0
+    assert relative_errors(torch.zeros(10, 24), torch.zeros(10, 24), moment) == (0, 0)
+    silent = outliers(View(*torch.zeros(3, 24)), 4)
+    assert (silent.kurtosis, silent.max_over_median, silent.top_energy) == (0, 0, 0)
+
+
 def small(name, **changes):
     recipe = load_recipe(name).replace(bits=3, group_size=16, embedding_bits="16", **changes)
     return recipe.replace(**{key: value for key, value in SALIENT.items() if getattr(recipe, key)})

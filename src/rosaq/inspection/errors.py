@@ -11,6 +11,7 @@ from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.clock import Progress, no_progress
 from rosaq.distributed import ALONE
 from rosaq.engines.transformers import RosaqConfig
+from rosaq.inspection.channels import LEAST
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
@@ -42,11 +43,11 @@ class LayerError:
 
 
 def relative_errors(weight_NK: torch.Tensor, rounded_NK: torch.Tensor, moment_KK: torch.Tensor) -> tuple[float, float]:
-    """Relative error of a weight, and of its outputs for inputs of second moment M; both in the inputs' basis."""
+    """Relative error of a weight, and of its outputs for inputs of second moment M; both in the inputs' basis; nothing of nothing is 0."""
     weight, moment = weight_NK.double(), moment_KK.to(weight_NK.device).double()
     error = rounded_NK.double() - weight
-    output = (error @ moment * error).sum().clamp_min(0) / (weight @ moment * weight).sum()
-    return float(error.norm() / weight.norm()), float(output.sqrt())
+    output = (error @ moment * error).sum().clamp_min(0) / (weight @ moment * weight).sum().clamp_min(LEAST)
+    return float(error.norm() / weight.norm().clamp_min(LEAST)), float(output.sqrt())
 
 
 def recipe_errors(
