@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -104,7 +104,7 @@ class Run:
     clock: Clock
     progress: Progress
 
-    def allocated(self, allocation: str) -> "Run":
+    def allocated(self, allocation: str) -> Self:
         """The run with the allocation that was found for the recipe's target."""
         recipe = self.recipe.replace(allocation=allocation)
         return replace(self, recipe=recipe, plan=make_plan(recipe, self.source.architecture, self.source.biases()))
