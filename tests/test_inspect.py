@@ -147,6 +147,27 @@ def test_activations_go_where_they_fit(original, calibration, monkeypatch):
     assert errors() == wanted and kept == [("disk", None)] * held_states(2)
 
 
+def test_one_pass_keeps_its_activations_where_they_fit(original, calibration, monkeypatch):
+    """Those of `measure` and of `observe`: with too little memory on disk, and the same figures come out."""
+    kept = []
+
+    class Spy(Activations):
+        def __init__(self, shape, dtype, device, place, folder=None):
+            kept.append(place)
+            super().__init__(shape, dtype, device, place, folder)
+
+    def seen():
+        statistics = measure(original, calibration, "cpu")
+        return [site.moment for block in observe(original, statistics, "cpu", no_progress) for site in block.values()]
+
+    monkeypatch.setattr("rosaq.moments.Activations", Spy)
+    monkeypatch.setattr("rosaq.memory.available_bytes", lambda: 2**40)
+    wanted = seen()
+    monkeypatch.setattr("rosaq.memory.available_bytes", lambda: 2**20)
+    assert all(torch.equal(one, other) for one, other in zip(seen(), wanted, strict=True))
+    assert kept == ["host", "host", "disk", "disk"]
+
+
 def test_a_target_without_an_allocation_has_no_errors(original, calibration):
     statistics = measure(original, calibration, "cpu")
     with pytest.raises(ValueError, match=r"'rosaq-int3' has target_bits 4.2 and no allocation"):
