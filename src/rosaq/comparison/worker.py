@@ -30,6 +30,7 @@ from rosaq.safetensors_folder import read_json
 from rosaq.skeleton import full_model
 from rosaq.source import Source
 from rosaq.statistics import Statistics, measure, moments_fit, placed
+from rosaq.version import __version__
 
 HELD_BYTES = 8 * 10**9  # a model that takes no more than this in float32 is read once and kept, its statistics are shared through a file
 POLL_SECONDS = 0.5
@@ -191,8 +192,8 @@ class Worker:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("rosaq", "torch", "transformers", "lm_eval"):
+    found = {"python": platform.python_version(), "rosaq": __version__}
+    for name in ("torch", "transformers", "lm_eval"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
