@@ -187,6 +187,10 @@ def test_the_files(cli_files):
     for name in ("magnitudes", "spectra", "energy", "outliers", "errors"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (folder / f"{name}.svg").read_text()
     assert len(table8(report)) == 9 and all(row[3] in page for row in table8(report))
+    spreads = [block[site]["norm_spread"] for block in report["blocks"] for site in ("attn_in", "mlp_in")]
+    gain = random_model("llama").model.layers[1].post_attention_layernorm.weight.detach()
+    assert spreads[3] == pytest.approx(float(gain.log().std()), rel=1e-5) and "norm_spread" not in report["blocks"][0]["mlp_out"]
+    assert f"mlp_in {(spreads[1] + spreads[3]) / 2:.2f} (" in page
 
 
 @pytest.fixture

@@ -62,3 +62,11 @@ def top_channels(views: list[View], count: int) -> list[TopChannel]:
     energy = torch.stack([view.energy for view in views]).mean(0)
     order = magnitude.argsort(descending=True, stable=True)[:count]
     return [TopChannel(int(index), float(magnitude[index]), float(energy[index])) for index in order]
+
+
+def log_spread(weight: torch.Tensor) -> float:
+    """Standard deviation of the logarithms of a norm's weights: how far it pulls the channels apart.
+
+    Where it is 1 or more, far more of them stand out than Mixed keeps; a rotation folds the norm into the layers first (docs/results.md).
+    """
+    return float(weight.double().abs().clamp_min(LEAST).log().std())
