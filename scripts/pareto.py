@@ -14,7 +14,7 @@ from pathlib import Path
 from rosaq.comparison import pareto
 from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, Table, shown
 
-BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT3/4": 0}
+BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0, "INT3/4": 0}  # the last one in tables of before
 PARTS = (" spread", " standard error", " seeds")
 MOST_BITS = 6.0  # rows of more are left out of the picture
 BUDGETS = (3.35, 3.4, 3.9, 4.05, 4.35, 4.5, 5.0)

@@ -15,7 +15,7 @@ def weight(n, k, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_are_the_nearest_of_the_grid(bits):
     layout = LinearLayout(6, 64, bits, 32)
     w = weight(6, 64)
@@ -29,7 +29,7 @@ def test_codes_are_the_nearest_of_the_grid(bits):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bits=st.sampled_from([3, 4, 8]), group=st.sampled_from([16, 32, 64, 128]), blocks=st.integers(1, 4), size=st.integers(17, 150),
+    bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([16, 32, 64, 128]), blocks=st.integers(1, 4), size=st.integers(17, 150),
     salient=st.integers(0, 16), salient_bits=st.sampled_from([8, 16]), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_stored_is_what_rounding_says(bits, group, blocks, size, salient, salient_bits, seed):

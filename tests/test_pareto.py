@@ -21,7 +21,7 @@ def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
     assert measured[-1][0].name == "checkpoint.mine-seed7" and measured[-1][1]["figures"] == measured[-2][1]["figures"]
     assert "kl_divergence" not in measured[0][1]["figures"]["wikitext2"] and 3.5 < measured[-1][1]["bits_per_weight"] <= 3.9
     table = table_of(measured)
-    assert [(row.section, row.method) for row in table.rows if row.bits == 0] == [("INT3/4", "rtn-3.9"), ("INT3/4", "mine")]
+    assert [(row.section, row.method) for row in table.rows if row.bits == 0] == [("INT2-4", "rtn-3.9"), ("INT2-4", "mine")]
     found = pareto.points(table)
     assert [point.bits for point in found] == sorted(point.bits for point in found) and len(found) == 6
     best = [min(each.perplexity.value for each in found if each.bits <= point.bits) for point in found]
