@@ -27,12 +27,12 @@ def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
     best = [min(each.perplexity.value for each in found if each.bits <= point.bits) for point in found]
     assert all(point.front == (point.perplexity.value == least) for point, least in zip(found, best, strict=True) if point.row.method != "mine")
     lines = pareto.markdown(table).splitlines()
-    assert (
-        lines[2] == "| method | bits/weight | WikiText-2 PPL | KL |" and lines[4].startswith("| **") and lines[10].startswith("| original | 16.000")
-    )
+    assert lines[2] == "| method | bits/weight | WikiText-2 PPL | KL | seeds |" and lines[4].startswith("| **")
+    assert all(line.endswith("| 1 |") for line in lines[4:10]) and lines[10].startswith("| original | 16.000")
     pytest.importorskip("matplotlib")
     figure = pareto.plot(table)
     figure.savefig(tmp_path / "plot.svg")
+    assert [axis.get_ylabel() for axis in figure.axes] == [pareto.PANELS["WikiText-2 PPL"], pareto.PANELS["KL"]]
     assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()
