@@ -242,6 +242,7 @@ def test_bad_evaluation(cli, saved, tmp_path):
     refused(cli("verify", original), "not the folder of a rosaq checkpoint")
     if not torch.cuda.is_available():
         refused(cli("benchmark", "kernels"), "sees no CUDA GPU")
+    refused(cli("benchmark", "kernels", "--bits", 5), "bits 5; allowed are 2, 3, 4")
 
 
 def test_bad_comparisons_leave_nothing(cli, saved, tmp_path):
