@@ -17,7 +17,7 @@ from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, 
 BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0, "INT3/4": 0}  # the last one in tables of before
 PARTS = (" spread", " standard error", " seeds")
 MOST_BITS = 6.0  # rows of more are left out of the picture
-BUDGETS = (2.5, 2.8, 3.0, 3.35, 3.4, 3.9, 4.05, 4.35, 4.5, 5.0)
+BUDGETS = (2.35, 2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
 TRAINED = "distilled"  # in the names of our recipes that train
 
 
@@ -45,7 +45,7 @@ def best(points: list[pareto.Point], budget: float) -> pareto.Point | None:
 def verdict(ours: pareto.Point | None, others: pareto.Point | None) -> str:
     """Whether ours is better by more than the spread over seeds, the larger one of the two."""
     if ours is None or others is None:
-        return "yes, no other is as small" if ours is not None else ""
+        return "no, none of ours is as small" if ours is None else "yes, no other is as small"
     spread = max(point.perplexity.spread or 0.0 for point in (ours, others))
     gap = others.perplexity.value - ours.perplexity.value
     if abs(gap) <= spread:
