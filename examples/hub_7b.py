@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="meta-llama/Llama-2-7b-hf")
     parser.add_argument("--out", type=Path, help="folder to make; default: the model's name and the recipe's")
     parser.add_argument("--recipe", default="rosaq-int4")
-    parser.add_argument("--bits", type=int, help="3 or 4 (default: the recipe's)")
+    parser.add_argument("--bits", type=int, help="2, 3 or 4 (default: the recipe's)")
     parser.add_argument("--group-size", type=int, help="channels that share a scale (default: the recipe's)")
     parser.add_argument("--salient", type=int, help="channels that stay precise (default: the recipe's)")
     parser.add_argument("--salient-per-head", type=int, help="the same of each head (default: the recipe's)")

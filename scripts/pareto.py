@@ -3,8 +3,8 @@
 Usage: python scripts/pareto.py OUT "TITLE" TABLE.csv ...
 
 Each file is a `table.csv` of `rosaq compare`, or one with at least its columns bits, method, bits/weight and WikiText-2 PPL;
-a method at the same bits that an earlier file has is left out of a later one. Writes OUT.md and OUT.svg. OUT.md says, too, which recipe
-is the best of ours at several budgets, which the best of the others, and how many spreads over seeds they are apart.
+a method at the same bits that an earlier file has is left out of a later one. Writes OUT.md and OUT.svg. OUT.md says, too, whether the
+best of our recipes at several budgets, with training and without, is better than the best of the others by more than the spread over seeds.
 """
 
 import csv
@@ -14,10 +14,11 @@ from pathlib import Path
 from rosaq.comparison import pareto
 from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, Table, shown
 
-BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT3/4": 0}
+BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0, "INT3/4": 0}  # the last one in tables of before
 PARTS = (" spread", " standard error", " seeds")
 MOST_BITS = 6.0  # rows of more are left out of the picture
-BUDGETS = (3.35, 3.4, 3.9, 4.05, 4.35, 4.5, 5.0)
+BUDGETS = (2.35, 2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
+TRAINED = "distilled"  # in the names of our recipes that train
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -41,23 +42,39 @@ def best(points: list[pareto.Point], budget: float) -> pareto.Point | None:
     return min((point for point in points if point.bits <= budget), key=lambda point: point.perplexity.value, default=None)
 
 
-def budget_lines(found: list[pareto.Point]) -> list[str]:
-    """A table of the best of ours and of the others at each budget; a spread is the larger one of the two."""
-    lines = ["| at most | ours | bits/weight | perplexity | others | bits/weight | perplexity | apart |", "|" + " --- |" * 8]
-    ours, others = ([point for point in found if point.row.method.startswith(pareto.OWN) == own] for own in (True, False))
+def verdict(ours: pareto.Point | None, others: pareto.Point | None) -> str:
+    """Whether ours is better by more than the spread over seeds, the larger one of the two."""
+    if ours is None or others is None:
+        return "no, none of ours is as small" if ours is None else "yes, no other is as small"
+    spread = max(point.perplexity.spread or 0.0 for point in (ours, others))
+    gap = others.perplexity.value - ours.perplexity.value
+    if abs(gap) <= spread:
+        return f"no, {gap:+.2f} is within the spread"
+    spreads = f", {abs(gap) / spread:.0f} spreads" if spread else ""
+    single = ", one seed" if min(point.perplexity.seeds for point in (ours, others)) == 1 else ""
+    return ("yes" if gap > 0 else "no") + f", {gap:+.2f}{spreads}{single}"
+
+
+def budget_lines(ours: list[pareto.Point], others: list[pareto.Point]) -> list[str]:
+    """A table of the best of ours and of the others at each budget that any of them meets."""
+    lines = ["| at most | ours | bits/weight | perplexity | others | bits/weight | perplexity | ours is better |", "|" + " --- |" * 8]
     for budget in BUDGETS:
         pair = best(ours, budget), best(others, budget)
         cells = [f"{budget:g}"]
         for point in pair:
             figure = None if point is None else point.perplexity
             cells += ["", "", ""] if point is None else [point.row.method, f"{point.bits:.3f}", shown(PERPLEXITY_COLUMN, figure)]
-        apart = ""
-        if pair[0] is not None and pair[1] is not None:
-            spread = max(point.perplexity.spread or 0.0 for point in pair if point is not None)
-            gap = pair[1].perplexity.value - pair[0].perplexity.value
-            apart = f"{gap:.2f}" + (f", {gap / spread:.0f} spreads" if spread else "")
-        lines.append("| " + " | ".join([*cells, apart]) + " |")
+        if pair != (None, None):
+            lines.append("| " + " | ".join([*cells, verdict(*pair)]) + " |")
     return lines
+
+
+def budget_text(found: list[pareto.Point]) -> str:
+    """The tables of all our recipes and of those that do not train."""
+    ours, others = ([point for point in found if point.row.method.startswith(pareto.OWN) == own] for own in (True, False))
+    untrained = [point for point in ours if TRAINED not in point.row.method]
+    parts = {"By budget": ours, "By budget, ours without training": untrained}
+    return "\n".join(f"## {title}\n\n" + "\n".join(budget_lines(own, others)) + "\n" for title, own in parts.items())
 
 
 def main(output: str, title: str, *files: str) -> None:
@@ -68,7 +85,7 @@ def main(output: str, title: str, *files: str) -> None:
             rows.setdefault((row.bits, row.method), row)
     columns = list({column: None for row in rows.values() for column in row.figures})
     table = Table(title, columns, list(rows.values()), [])
-    Path(f"{output}.md").write_text(pareto.markdown(table) + "\n" + "\n".join(budget_lines(pareto.points(table))) + "\n", encoding="utf-8")
+    Path(f"{output}.md").write_text(pareto.markdown(table) + "\n" + budget_text(pareto.points(table)), encoding="utf-8")
     few = [row for row in table.rows if row.bits == 16 or row.figures[BITS_COLUMN].value <= MOST_BITS]
     pareto.plot(Table(title, columns, few, [])).savefig(f"{output}.svg")
 

@@ -61,7 +61,7 @@ def test_the_choice_is_nearly_the_best():
 
 @pytest.mark.parametrize("clipping", ["none", "mse"])
 @pytest.mark.parametrize("feedback", [False, True])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_expected_loss_is_that_of_rounding(feedback, bits, clipping):
     """Within 30 %, with correlated inputs, heads and salient channels; feedback is counted."""
     torch.manual_seed(1)
@@ -218,8 +218,8 @@ def test_a_run_that_ended_goes_on_with_the_same_allocation(saved, text_file, tmp
 
 def test_refusals(saved, text_file, tmp_path):
     source = open_source(str(saved("llama")))
-    for target in (1.0, 3.0, 9.0):
-        with pytest.raises(ValueError, match=rf"target_bits is {target:g}; .* this model can have 3\.\d+ to \d\.\d+ bits per weight"):
+    for target in (1.0, 2.0, 9.0):
+        with pytest.raises(ValueError, match=rf"target_bits is {target:g}; .* this model can have 2\.\d+ to \d\.\d+ bits per weight"):
             quantize(source, tmp_path / "out", SMALL.replace(target_bits=target), Calibration(str(text_file), 8, 32), "cpu")
     assert not list(tmp_path.glob("*out*"))
     for name, match in (("spinquant", "rotation 'learned'"), ("rosaq-bottom", "selection"), ("rosaq-heads-concatenated", "'concatenated'")):

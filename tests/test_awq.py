@@ -25,7 +25,7 @@ def outlier_inputs(tokens, width):
     return x
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scaling_loses_less_than_half_where_channels_stand_out(bits):
     layout, weight, x = LinearLayout(32, 128, bits, 32), normal(32, 128), outlier_inputs(500, 128)
     loss = moment_loss(x.T @ x / len(x))

@@ -200,8 +200,8 @@ def test_bad_options(cli, saved, text_file, tmp_path):
     refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "unknown key 'colour'", "group_size")
     (tmp_path / "r.toml").write_text("name = \n")
     refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "not a TOML file")
-    refused(quantize("--bits", 5), "bits is 5; allowed are (3, 4)")
-    refused(quantize("--target-bits", 1), "target_bits is 1", "this model can have 3.")
+    refused(quantize("--bits", 5), "bits is 5; allowed are (2, 3, 4)")
+    refused(quantize("--target-bits", 1), "target_bits is 1", "this model can have 2.")
     refused(quantize("--salient", 48), "salient is 48", "allowed are 0 to 47")
     refused(quantize("--salient-per-head", 16), "salient_per_head is 16", "allowed are 0 to 15")
     refused(quantize("--group-size", 20), "group_size is 20", "multiple of 16")
@@ -242,6 +242,7 @@ def test_bad_evaluation(cli, saved, tmp_path):
     refused(cli("verify", original), "not the folder of a rosaq checkpoint")
     if not torch.cuda.is_available():
         refused(cli("benchmark", "kernels"), "sees no CUDA GPU")
+    refused(cli("benchmark", "kernels", "--bits", 5), "bits 5; allowed are 2, 3, 4")
 
 
 def test_bad_comparisons_leave_nothing(cli, saved, tmp_path):

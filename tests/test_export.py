@@ -82,7 +82,7 @@ def test_dense_in_half_precision(made, recipe, tmp_path):
     assert difference(logits(tmp_path / "dense"), logits(packed)) < 3e-3
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_compressed_tensors_hold_the_same_numbers(made, bits, tmp_path):
     """Read back by the format's own definition: eight values of 4 bits a word, the lowest first; zero points along the outputs."""
     packed = made("llama-biased", ("rtn", dict(bits=bits, group_size=64)), hidden_size=64, intermediate_size=96)

@@ -96,6 +96,7 @@ TOOK = {
     ("llama-3-8b", 32, "rosaq-paper", 0): (34.7, dict(activations=10.76, preparing=5.55, writing=6.19, tables=7.33)),
     ("llama-2-70b", 8, "rosaq-paper", 0): (33.8, dict(activations=8.65, preparing=5.75, writing=9.52, tables=3.74)),
     ("llama-2-7b", 4, "rosaq-int4", 0): (23.9, dict(gradients=7.56, rounding=8.30)),
+    ("llama-2-7b", 32, "rosaq-int4", 0): (129.2, dict(gradients=37.8, rounding=62.16)),  # on 2026-11-23
     ("llama-2-7b", 4, "rosaq-int4", 4.5): (39.4, dict(gradients=5.61, allocation=10.33, rounding=15.44)),
     ("llama-2-7b", 4, "rosaq-nearest", 0): (7.4, dict(activations=1.20, tables=1.97)),
     ("llama-2-7b", 4, "awq", 0): (9.0, dict(activations=1.19, preparing=1.44, rounding=2.17, tables=1.77)),

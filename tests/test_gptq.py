@@ -30,7 +30,7 @@ def output_error(weight, layout, x, moment, rounding=GPTQ):
     return float((x @ (got - weight).T).square().sum())
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rounding", [GPTQ, ACT_ORDER])
 @pytest.mark.parametrize(("blocks", "salient", "salient_bits"), [(1, 0, 16), (1, 16, 16), (4, 4, 16), (1, 16, 8)])
 def test_output_error_is_less_than_half_of_rounding_to_nearest(bits, rounding, blocks, salient, salient_bits):

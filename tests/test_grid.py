@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
-from rosaq.rounding.grid import fit_grid, grouped, round_to_nearest, ungrouped
+from rosaq.rounding.clipping import fit_shrunk_grid, shrunk_grids
+from rosaq.rounding.grid import fit_grid, grouped, round_to_nearest, to_codes, ungrouped
 from rosaq.rounding.linear import quantize_linear
 
 
@@ -15,7 +16,7 @@ def weight(n, k, seed=0):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_are_the_nearest_of_the_grid(bits):
     layout = LinearLayout(6, 64, bits, 32)
     w = weight(6, 64)
@@ -29,7 +30,7 @@ def test_codes_are_the_nearest_of_the_grid(bits):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bits=st.sampled_from([3, 4, 8]), group=st.sampled_from([16, 32, 64, 128]), blocks=st.integers(1, 4), size=st.integers(17, 150),
+    bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([16, 32, 64, 128]), blocks=st.integers(1, 4), size=st.integers(17, 150),
     salient=st.integers(0, 16), salient_bits=st.sampled_from([8, 16]), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_stored_is_what_rounding_says(bits, group, blocks, size, salient, salient_bits, seed):
@@ -105,3 +106,21 @@ def test_tiny_and_huge_weights():
 def test_impossible_layouts_are_refused(form, message):
     with pytest.raises(ValueError, match=message):
         LinearLayout(**{**dict(out_features=4, in_features=64, bits=4, group_size=32), **form})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_searched_grid_is_the_best_of_those_tried(bits):
+    """At 2 bits zero moves among the steps, too, which takes off what a wider choice of shares alone does not."""
+    w, counts = weight(40, 64).view(40, 2, 32), torch.rand(2, 32, generator=torch.Generator().manual_seed(1))
+
+    def lost(scale, zero):
+        error = (to_codes(w, scale, zero, bits) - zero[..., None]) * scale[..., None] - w
+        return (error.square() * counts).sum(-1)
+
+    whole, middle = fit_grid(w, bits)
+    top = (1 << bits) - 1
+    tried = [lost((share * whole).half().float(), (middle + moved).clamp(0, top)) for share, moved in shrunk_grids(bits)]
+    scale, zero = fit_shrunk_grid(w, counts, bits)
+    assert torch.allclose(lost(scale, zero), torch.stack(tried).amin(0), rtol=1e-4)
+    fixed = torch.stack([loss for loss, (_, moved) in zip(tried, shrunk_grids(bits), strict=True) if not moved]).amin(0)
+    assert bool((zero != middle).any()) == (float(lost(scale, zero).sum()) < 0.99 * float(fixed.sum())) == (bits == 2)

@@ -24,6 +24,8 @@ LAYOUTS = {
     "heads, shorter groups": LinearLayout(72, 576, 3, 64, blocks=9, salient=16, bias=True),
     "heads, 8-bit salient": LinearLayout(64, 512, 4, 128, blocks=4, salient=32, salient_bits=8),
     "ordered, ragged outputs": LinearLayout(100, 576, 4, 64, salient=64, salient_bits=8, bias=True, ordered=True),
+    "2 bits, heads": LinearLayout(72, 576, 2, 64, blocks=9, salient=16, bias=True),
+    "2 bits, 8-bit salient": LinearLayout(64, 512, 2, 128, salient=32, salient_bits=8),
     "odd sizes": LinearLayout(50, 200, 2, 48, blocks=2, salient=4, salient_bits=8),
     "8 bits": LinearLayout(64, 576, 8, 64),
     "one wide group": LinearLayout(32, 96, 3, 1000, salient=32),
@@ -201,6 +203,19 @@ def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
         assert code == int(codes[g + 8 * (pair & 1), channel])
 
 
+def test_two_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
+    layout = LinearLayout(16, 128, 2, 128)
+    tensors = random_tensors(layout, "cpu")
+    form, _, runs = stream.plan(layout)
+    assert form.code_bytes == 512
+    words = stream.repack(layout, tensors, form, runs, torch.float16)[:512].contiguous().view(torch.int32).view(32, 2, 2).tolist()
+    codes = reference.unpack(tensors["qweight"], 2, 128)
+    for unit, lane, step, pair, e in itertools.product(range(2), range(32), range(4), range(4), range(2)):
+        g, t = divmod(lane, 4)
+        code = (words[lane][unit][step // 2] >> (8 * (step % 2) + 2 * pair + 16 * e)) & 3
+        assert code == int(codes[g + 8 * (pair & 1), 64 * unit + 16 * step + 8 * (pair >> 1) + 2 * t + e])
+
+
 def test_three_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     layout = LinearLayout(16, 128, 3, 128)
     tensors = random_tensors(layout, "cpu")
@@ -228,7 +243,8 @@ from rosaq.benchmark.kernels import random_tensors
 from rosaq.kernels import choose, portable, reference
 from rosaq.layout import LinearLayout
 for layout in (
-    LinearLayout(36, 160, 3, 64, blocks=2, salient=16, bias=True), LinearLayout(33, 96, 4, 32, salient=32, salient_bits=8, ordered=True),
+    LinearLayout(36, 160, 3, 64, blocks=2, salient=16, bias=True), LinearLayout(36, 160, 2, 64, blocks=2, salient=16),
+    LinearLayout(33, 96, 4, 32, salient=32, salient_bits=8, ordered=True),
 ):
     tensors = random_tensors(layout, "cpu")
     assert choose(layout, torch.device("cpu"), torch.float16, ("triton",)) is portable
@@ -244,5 +260,5 @@ for layout in (
 
 
 def test_library_names_change_with_the_sources_and_constants() -> None:
-    names = {build.cached(bits, runs, bf16).name for bits in (3, 4, 8) for runs in (1, 2, 3, 4) for bf16 in (0, 1)}
-    assert len(names) == 24
+    names = {build.cached(bits, runs, bf16).name for bits in (2, 3, 4, 8) for runs in (1, 2, 3, 4) for bf16 in (0, 1)}
+    assert len(names) == 32

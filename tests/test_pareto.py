@@ -21,18 +21,18 @@ def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
     assert measured[-1][0].name == "checkpoint.mine-seed7" and measured[-1][1]["figures"] == measured[-2][1]["figures"]
     assert "kl_divergence" not in measured[0][1]["figures"]["wikitext2"] and 3.5 < measured[-1][1]["bits_per_weight"] <= 3.9
     table = table_of(measured)
-    assert [(row.section, row.method) for row in table.rows if row.bits == 0] == [("INT3/4", "rtn-3.9"), ("INT3/4", "mine")]
+    assert [(row.section, row.method) for row in table.rows if row.bits == 0] == [("INT2-4", "rtn-3.9"), ("INT2-4", "mine")]
     found = pareto.points(table)
     assert [point.bits for point in found] == sorted(point.bits for point in found) and len(found) == 6
     best = [min(each.perplexity.value for each in found if each.bits <= point.bits) for point in found]
     assert all(point.front == (point.perplexity.value == least) for point, least in zip(found, best, strict=True) if point.row.method != "mine")
     lines = pareto.markdown(table).splitlines()
-    assert (
-        lines[2] == "| method | bits/weight | WikiText-2 PPL | KL |" and lines[4].startswith("| **") and lines[10].startswith("| original | 16.000")
-    )
+    assert lines[2] == "| method | bits/weight | WikiText-2 PPL | KL | seeds |" and lines[4].startswith("| **")
+    assert all(line.endswith("| 1 |") for line in lines[4:10]) and lines[10].startswith("| original | 16.000")
     pytest.importorskip("matplotlib")
     figure = pareto.plot(table)
     figure.savefig(tmp_path / "plot.svg")
+    assert [axis.get_ylabel() for axis in figure.axes] == [pareto.PANELS["WikiText-2 PPL"], pareto.PANELS["KL"]]
     assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()

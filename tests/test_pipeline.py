@@ -53,7 +53,7 @@ def test_every_recipe_on_every_family(recipe, family, saved, calibration, tmp_pa
     assert f"{report.bits_per_weight:.2f} bits per weight" in card and recipe in card
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_packed_model_equals_the_rounded_one(bits, family, saved, calibration, tmp_path):
     """Within 2e-3 relative: what separates them is FP16 storage of norms, tables, biases and salient weights."""
     source = open_source(str(saved(family)))

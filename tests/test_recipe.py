@@ -24,7 +24,7 @@ def test_shipped_recipes_load_and_describe_themselves():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(bits=5), r"bits is 5; allowed are \(3, 4\)"),
+        (dict(bits=5), r"bits is 5; allowed are \(2, 3, 4\)"),
         (dict(bits="4"), "bits is '4'; it must be of type int"),
         (dict(bits=True), "bits is True; it must be of type int"),
         (dict(rotation="wild"), "rotation is 'wild'; allowed are"),

@@ -11,7 +11,7 @@ from rosaq.layout import LinearLayout
 from rosaq.recipe import ABSORBED, Recipe, SiteForm
 
 TABLE_BITS = 8
-OPTION_BITS, OPTION_GROUPS, OPTION_SHARES = (3, 4), (32, 64, 128), (1, 2, 4, 8)  # what a site may get for a target: see `site_options`
+OPTION_BITS, OPTION_GROUPS, OPTION_SHARES = (2, 3, 4), (32, 64, 128), (1, 2, 4, 8)  # what a site may get for a target: see `site_options`
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def block_linears(recipe: Recipe, a: Architecture, biases: frozenset[str], forms
 def site_options(recipe: Recipe) -> dict[str, list[SiteForm]]:
     """The forms that each site may get for a target.
 
-    3 or 4 bits; groups of 32, 64 or 128; the recipe's salient channels, a half, a quarter, an eighth or none, in multiples of 8 as the
+    2, 3 or 4 bits; groups of 32, 64 or 128; the recipe's salient channels, a half, a quarter, an eighth or none, in multiples of 8 as the
     kernels like them.
     """
     options = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHOICES: dict[str, tuple[object, ...]] = {
-    "bits": (3, 4),
+    "bits": (2, 3, 4),
     "salient_bits": (8, 16),
     "rotation": ("none", "global", "per-layer", "hadamard", "random", "learned"),
     "head_rotation": ("none", "head-wise", "shared", "concatenated", "hadamard", "random", "learned"),
@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 ABSORBED = ("global", "hadamard", "random", "learned")  # rotations of the whole residual stream, nothing left at run time
 DRAWN = ("hadamard", "random", "learned")  # bases without eigenvalues: their channels are in no order
-ENTRY = r"[34]:\d+:\d+"  # of an allocation: bits, salient channels, group size of one site
+ENTRY = r"[234]:\d+:\d+"  # of an allocation: bits, salient channels, group size of one site
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recipe:
     Attributes:
         name: what the recipe is called in tables and in the checkpoint.
         description: one sentence on what it is for; the cost at run time where there is one.
-        bits: width of a quantized weight, 3 or 4.
+        bits: width of a quantized weight, 2, 3 or 4.
         group_size: consecutive input channels that share one FP16 scale and one zero point. A group never crosses a
             head of the attention output; where it does not divide the channels, the last group is shorter.
         rotation: basis of the residual stream. "global": one PCA for all layers, absorbed (no cost at run time).

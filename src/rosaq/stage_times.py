@@ -17,7 +17,7 @@ from rosaq.moments import SAMPLED_TOKENS
 from rosaq.plan import OPTION_GROUPS, Plan, site_options
 from rosaq.rates import DISK, Rates
 from rosaq.recipe import ABSORBED, Recipe
-from rosaq.rounding.clipping import SHARES, SHRUNK, UNCLIPPED
+from rosaq.rounding.clipping import SHARES, UNCLIPPED, shrunk_grids
 from rosaq.rounding.refinement import BLOCK
 from rosaq.rounding.scaling import STEPS
 from rosaq.sensitivity import SEGMENT
@@ -165,7 +165,7 @@ def _allocation(a: Architecture, recipe: Recipe, tokens: int, seq_len: int, spee
     moments = tokens * (_forward(a, seq_len) + 2 * sum(a.width(site) ** 2 for site in SITES)) / speed.product
     options = site_options(recipe)
     seen = {site: a.width(site) * min(ROWS, sum(a.shape(role)[0] for role in roles)) for site, roles in SITES.items()}
-    fits = sum(len(options[site]) * size for site, size in seen.items()) * (len(SHRUNK) if recipe.clipping == "mse" else 1)
+    fits = sum(size * (len(shrunk_grids(form.bits)) if recipe.clipping == "mse" else 1) for site, size in seen.items() for form in options[site])
     factors = 0.0
     if recipe.rounding == "gptq":  # one for each number of salient channels
         factors = sum(len({form.salient for form in forms}) * _factor(a.width(site), speed) for site, forms in options.items())
@@ -189,7 +189,7 @@ def _rounding(a: Architecture, recipe: Recipe, speed: Speed, groups: tuple[int, 
         searched = sum(size for role, size in weights.items() if role not in UNCLIPPED)
         seconds += len(SHARES) * searched * (1 / speed.rates.fitted + 2 * recipe.group_size / speed.exact)
     if recipe.clipping == "mse":
-        seconds += len(SHRUNK) * sum(weights.values()) / speed.rates.fitted
+        seconds += len(shrunk_grids(recipe.bits)) * sum(weights.values()) / speed.rates.fitted
     if recipe.rounding == "gptq":
         seconds += sum(size * _feedback(a.width(SITE_OF[role]), recipe, groups) for role, size in weights.items()) / speed.exact
         for site in SITES:

@@ -28,7 +28,7 @@ from rosaq_cli.verify import verify
 QUANTIZE, MEASURE, RUN = "Quantize", "Check and measure", "Run"
 EPILOG = "Exit codes: 0 done; 1 something given is wrong; 2 so is the command line; 130 interrupted; 143 terminated."
 app = typer.Typer(
-    help="Quantize language models to 3 and 4 bits with rotation-based saliency (ROSAQ), and run them.",
+    help="Quantize language models to 2, 3 and 4 bits with rotation-based saliency (ROSAQ), and run them.",
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

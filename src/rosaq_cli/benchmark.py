@@ -20,6 +20,7 @@ def benchmark() -> None:
 
 @app.command()
 def kernels(
+    bits: Annotated[list[int], typer.Option(help="Bits of a quantized weight, 2, 3 or 4; may be repeated.")] = [4, 3],  # noqa: B006
     peers: Annotated[bool, typer.Option(help="Also time cuBLAS and, where vLLM is installed, Marlin and Machete.")] = True,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")] = None,
@@ -28,15 +29,17 @@ def kernels(
     """Time one linear layer on the GPU: microseconds, ratio to the best peer, share of the memory or arithmetic limit."""
     import torch
 
-    from rosaq.benchmark.kernels import benchmark_kernels
+    from rosaq.benchmark.kernels import benchmark_kernels, default_layouts
 
     if dtype not in ("float16", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}; allowed are float16, bfloat16")
+    if not set(bits) <= {2, 3, 4}:
+        raise ValueError(f"bits {', '.join(map(str, bits))}; allowed are 2, 3, 4")
     if not torch.cuda.is_available():
         raise ValueError("rosaq benchmark kernels times GPU kernels, and PyTorch sees no CUDA GPU here")
     check_output(output)
     with contextlib.redirect_stdout(sys.stderr if json_output else sys.stdout):
-        rows = benchmark_kernels(dtype=getattr(torch, dtype), peers=peers)
+        rows = benchmark_kernels(default_layouts(bits), dtype=getattr(torch, dtype), peers=peers)
     result = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     if output is not None:
         write_result(output, result)

@@ -21,7 +21,7 @@ def quantize(
     recipe: Annotated[
         str, typer.Option(help="Shipped recipe ('rosaq recipes' lists them) or a .toml file.", autocompletion=complete_recipe)
     ] = "rosaq-int4",
-    bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight, 3 or 4.", show_default="recipe's")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight: 2, 3 or 4.", show_default="recipe's")] = None,
     group_size: Annotated[int | None, typer.Option(help="Channels that share a scale: 32, 64 or 128.", show_default="recipe's")] = None,
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,

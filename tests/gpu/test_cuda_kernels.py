@@ -23,6 +23,7 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # relative, Frobenius
 LAYOUTS = {
     "heads of 128": LinearLayout(512, 1024, 4, 128, blocks=8, salient=32),
     "heads of 128, 3 bits": LinearLayout(512, 1024, 3, 128, blocks=8, salient=32),
+    "heads of 128, 2 bits": LinearLayout(512, 1024, 2, 128, blocks=8, salient=32, salient_bits=8),
     "heads of 64": LinearLayout(576, 576, 3, 64, blocks=9, salient=16, bias=True),
     "2 bits, odd sizes": LinearLayout(100, 200, 2, 48, blocks=2, salient=4, salient_bits=8),
     "ordered, 8-bit salient": LinearLayout(1000, 1024, 4, 128, salient=64, salient_bits=8, bias=True, ordered=True),
@@ -35,7 +36,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module", autouse=True)
 def libraries() -> None:
     """Build side by side what the tests would build one after another."""
-    build.build_all([(bits, runs, bf16) for bits in (3, 4, 8) for runs in (1, 2, 3, 4) for bf16 in (0, 1)])
+    build.build_all([(bits, runs, bf16) for bits in (2, 3, 4, 8) for runs in (1, 2, 3, 4) for bf16 in (0, 1)])
 
 
 def agree(layout: LinearLayout, dtype: torch.dtype, tokens: int) -> None:
@@ -51,7 +52,7 @@ def agree(layout: LinearLayout, dtype: torch.dtype, tokens: int) -> None:
         assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("bits", "group_size", "dtype"), list(itertools.product((3, 4, 8), (32, 64, 128), TYPES)))
+@pytest.mark.parametrize(("bits", "group_size", "dtype"), list(itertools.product((2, 3, 4, 8), (32, 64, 128), TYPES)))
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_bits_groups_and_types(bits: int, group_size: int, dtype: torch.dtype, tokens: int) -> None:
     agree(LinearLayout(264, 1024, bits, group_size, salient=128), dtype, tokens)
@@ -64,7 +65,10 @@ def test_layouts(layout: LinearLayout, dtype: torch.dtype, tokens: int) -> None:
     agree(layout, dtype, tokens)
 
 
-@pytest.mark.parametrize("layout", [LinearLayout(400, 2048, 4, 128, blocks=16, salient=32), LinearLayout(400, 2048, 3, 128, salient=128)])
+@pytest.mark.parametrize(
+    "layout",
+    [LinearLayout(400, 2048, 4, 128, blocks=16, salient=32), *(LinearLayout(400, 2048, bits, 128, salient=128) for bits in (3, 2))],
+)
 @pytest.mark.parametrize("tokens", [1, 13, 16, 64])
 def test_many_ways_to_cut_a_launch_give_the_same_product(layout: LinearLayout, tokens: int) -> None:
     tensors = random_tensors(layout, "cuda")

@@ -18,6 +18,7 @@ pytestmark = [
 LAYOUTS = {
     "prefix": LinearLayout(264, 1024, 4, 128, salient=128),
     "heads, 3 bits": LinearLayout(576, 576, 3, 64, blocks=9, salient=16, bias=True),
+    "2 bits, heads": LinearLayout(576, 576, 2, 64, blocks=9, salient=16, bias=True),
     "2 bits, odd sizes": LinearLayout(100, 200, 2, 48, blocks=2, salient=4, salient_bits=8),
     "ordered, 8-bit salient": LinearLayout(1000, 1024, 4, 128, salient=64, salient_bits=8, bias=True, ordered=True),
     "8 bits": LinearLayout(999, 576, 8, 64),

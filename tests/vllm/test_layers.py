@@ -11,13 +11,14 @@ from rosaq import Calibration, load_recipe, quantize
 
 pytestmark = pytest.mark.vllm
 BLOCK = "model.layers.1."
-CASES = {  # family and recipe: biases and INT8 salient channels, of W_down too; three bits; bits where they count; a gather of the inputs
+CASES = {  # family and recipe: biases and INT8 salient channels, of W_down too; three bits; two; bits where they count; a gather of the inputs
     "biased": ("llama-biased", "rosaq-int4", dict(salient=16, salient_per_head=4, salient_down=16)),
     "int3": ("qwen3", "rosaq-nearest", dict(bits=3, salient=16, salient_per_head=3)),
+    "int2": ("mistral", "rosaq-int4", dict(bits=2, salient=16, salient_per_head=4, salient_down=16)),
     "allocated": (  # each site of each block in a form of its own
         "llama",
         "rosaq-int4",
-        dict(salient=16, salient_per_head=4, salient_down=32, allocation="4:16:16,4:4:16,3:8:32,4:32:16 3:8:16,4:0:16,4:0:32,3:32:16"),
+        dict(salient=16, salient_per_head=4, salient_down=32, allocation="4:16:16,4:4:16,2:8:32,4:32:16 3:8:16,4:0:16,4:0:32,2:32:16"),
     ),
     "ordered": ("mistral", "mixed", dict(salient=16, salient_per_head=4)),
 }

@@ -39,6 +39,7 @@ PREFIX = dict(group_size=16, salient=16)
 FORMS = {
     "int4": dict(bits=4, **PREFIX),
     "int3": dict(bits=3, **PREFIX),
+    "int2": dict(bits=2, **PREFIX),
     "int8-salient": dict(bits=4, salient_bits=8, **PREFIX),
     "table": dict(bits=8, group_size=16),
     "ordered": dict(bits=4, ordered=True, **PREFIX),
@@ -64,7 +65,7 @@ def test_joined_shares_of_outputs_are_the_rows_of_the_whole(form, ranks):
         assert not shards[0].tensors
 
 
-@pytest.mark.parametrize("form", [dict(bits=4), dict(bits=3)])
+@pytest.mark.parametrize("form", [dict(bits=4), dict(bits=3), dict(bits=2)])
 @pytest.mark.parametrize(("blocks", "salient", "parts"), [(6, 4, 2), (6, 4, 3), (6, 0, 6), (1, 0, 3), (1, 0, 6), (1, 16, 3), (1, 32, 2)])
 @pytest.mark.parametrize("salient_bits", [8, 16])
 def test_shares_of_inputs_are_columns_of_the_whole(form, blocks, salient, parts, salient_bits):

@@ -142,10 +142,13 @@ def peer_calls(layout: LinearLayout, dtype: torch.dtype) -> dict[str, Calls]:
     return calls
 
 
-def default_layouts() -> dict[str, LinearLayout]:
-    """The fused layers of both models at 4 and at 3 bits, and the 8192 x 8192 layer at 3 bits that others publish figures for."""
-    three = {f"{name} int3": layout for name, layout in {**llama2_7b(3), **llama3_8b(3)}.items()}
-    return {**llama2_7b(), **llama3_8b(), **three, "square int3": LinearLayout(8192, 8192, 3, 128)}
+def default_layouts(bits: Sequence[int] = (4, 3)) -> dict[str, LinearLayout]:
+    """The fused layers of both models at each width; at 3 bits the 8192 x 8192 layer, too, that others publish figures for."""
+    layouts: dict[str, LinearLayout] = {}
+    for width in bits:
+        own = {**llama2_7b(width), **llama3_8b(width), **({"square": LinearLayout(8192, 8192, 3, 128)} if width == 3 else {})}
+        layouts |= {name if width == 4 else f"{name} int{width}": layout for name, layout in own.items()}
+    return layouts
 
 
 def benchmark_kernels(

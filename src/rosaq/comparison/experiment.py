@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def row(self) -> tuple[int, str]:
-        """Bits (16: the original, 0: 3 and 4 in one model) and method of its row in the table, which its other seeds share."""
+        """Bits (16: the original, 0: 2, 3 and 4 in one model) and method of its row in the table, which its other seeds share."""
         if self.recipe is None:
             return 16, "original"
         bits = 0 if self.recipe.target_bits or self.recipe.allocation else self.recipe.bits

@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at some bits (0: 3 and 4 in one model); `published` names where its figures come from if they are not ours."""
+    """A method at some bits (0: 2, 3 and 4 in one model); `published` names where its figures come from if they are not ours."""
 
     bits: int
     method: str
@@ -44,7 +44,7 @@ class Row:
     @property
     def section(self) -> str:
         """The part of the table that the row is in."""
-        return {16: "FP16", 0: "INT3/4"}.get(self.bits, f"INT{self.bits}")
+        return {16: "FP16", 0: "INT2-4"}.get(self.bits, f"INT{self.bits}")
 
 
 @dataclass(frozen=True)

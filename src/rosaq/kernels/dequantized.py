@@ -76,9 +76,10 @@ def _differences(layout: LinearLayout, tensors: Mapping[str, torch.Tensor]) -> t
     n, blocks, quantized, size = layout.out_features, layout.blocks, layout.quantized, layout.group_size
     columns = blocks * quantized
     narrow = torch.int8 if layout.bits <= 4 else torch.int16
-    if layout.bits == 4:
-        pairs = tensors["qweight"].contiguous().view(torch.uint8)
-        codes_NQ = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(n, -1)[:, :columns].to(narrow)
+    if layout.bits in (2, 4):
+        words = tensors["qweight"].contiguous().view(torch.uint8)
+        codes = [(words >> place) & ((1 << layout.bits) - 1) for place in range(0, 8, layout.bits)]
+        codes_NQ = torch.stack(codes, dim=-1).view(n, -1)[:, :columns].to(narrow)
     elif layout.bits == 8:
         codes_NQ = tensors["qweight"].contiguous().view(torch.uint8)[:, :columns].to(narrow)
     else:

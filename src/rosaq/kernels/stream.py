@@ -25,7 +25,7 @@ CHUNK_BYTES = 1 << 28  # of intermediate codes: rows are repacked in pieces, so 
 class Form:
     """Sizes of a repacked layer, and where its runs lie in a row of x. Mirrors `Weights` of csrc/format.cuh."""
 
-    bits: int  # that the kernel reads: 2-bit codes are stored as 3
+    bits: int
     group_runs: int  # runs that share a scale: 1 to 4
     out_features: int
     tiles: int
@@ -136,7 +136,7 @@ def plan(layout: LinearLayout) -> tuple[Form, torch.Tensor | None, _Runs]:
         nothing = torch.tensor([layout.in_features])
         gather = torch.cat([torch.cat((p, nothing))[c] for p, c in zip(positions, (q_columns, salient), strict=True)])
     form = Form(
-        bits=max(3, layout.bits),
+        bits=layout.bits,
         group_runs=group_runs,
         out_features=layout.out_features,
         tiles=-(-layout.out_features // TILE),
@@ -282,8 +282,9 @@ def _unit_words(codes_NJ: torch.Tensor, bits: int) -> torch.Tensor:
     pieces = _fragments(codes_NJ, 64).permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int64)  # T U g t j h half e: pair p = 2 h + half
     pairs = (pieces[..., 0] | pieces[..., 1] << 16).flatten(4)
     pairs = pairs.reshape(*pairs.shape[:2], 32, 16)
-    if bits == 4:
-        words = [sum(pairs[..., 4 * j + p] << (4 * p) for p in range(4)) for j in range(4)]
+    if bits != 3:
+        each = 16 // bits  # pairs of a word
+        words = [sum(pairs[..., each * word + p] << (bits * p) for p in range(each)) for word in range(bits)]
     else:
         words = [
             sum(pairs[..., pair] << (3 * at) for at, pair in enumerate(held)) | ((pairs[..., 15] >> i) & 0x00010001) << 15

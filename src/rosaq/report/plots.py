@@ -69,7 +69,7 @@ def pareto(one: Found) -> Plot:
     for name, by_bits in methods.items():
         rows = sorted((cells[0]["bits_per_weight"], *_over_seeds(cells), bits) for bits, cells in by_bits.items())
         points += [(row[0], row[1]) for row in rows]
-        labels = {bits: f"INT{bits}" if bits else "INT3 and INT4" for bits in by_bits}
+        labels = {bits: f"INT{bits}" if bits else "INT2 to INT4" for bits in by_bits}
         notes = [f"{name}, {labels[bits]}: {width:.2f} bits per weight, perplexity {value:.2f}" for width, value, _, bits in rows]
         widths, perplexities, spreads = ([float(row[part]) for row in rows] for part in range(3))
         series.append(Series(name, widths, perplexities, "points", next(others), notes, spreads, ours[name]))

@@ -16,6 +16,7 @@
 //   4 bits: one word per step, pair p at bit 4 p of both 16-bit halves;
 //   3 bits: three words with five pairs each, at bits 0, 3, 6, 9, 12 of both halves: 0 1 2 3 4, 6 5 8 7 10, 12 9 14 11 13 (so that few shifts
 //     bring even pairs to bit 0 and odd ones to bit 3); pair 15 lies in bit 15 of the three;
+//   2 bits: one word per two steps, pair p of the first at bit 2 p of both halves, of the second at bit 8 + 2 p;
 //   8 bits: two words per step, one per row, bytes in channel order.
 //
 // The words of a block, unit after unit, lie in planes: four words of every lane, next to each other, then the next four; the last plane
@@ -40,13 +41,13 @@
 
 namespace rosaq {
 
-constexpr int BITS = ROSAQ_BITS;              // 3, 4 or 8
+constexpr int BITS = ROSAQ_BITS;              // 2, 3, 4 or 8
 constexpr int GROUP_RUNS = ROSAQ_GROUP_RUNS;  // runs that share a scale: 1, 2, 3 or 4
 constexpr bool BF16 = ROSAQ_BF16;
 constexpr int UNITS = GROUP_RUNS == 3 ? 3 : 2;           // per block
 constexpr int RUNS = 2 * UNITS;                          // per block
 constexpr int GROUPS = RUNS / GROUP_RUNS;                // per block
-constexpr int RAW = BITS == 4 ? 4 : BITS == 3 ? 3 : 8;   // words of a unit per lane
+constexpr int RAW = BITS;                                // words of a unit per lane
 constexpr int WORDS = UNITS * RAW;                       // words of a block per lane
 constexpr int CODE_BYTES = WORDS * 128;                  // of a block
 constexpr int GROUP_BYTES = 64, SCALE_BYTES = GROUPS * GROUP_BYTES;
@@ -135,7 +136,7 @@ constexpr uint32_t MAGIC = BF16 ? 0x43004300u : 0x64006400u;
 constexpr uint32_t ONES = BF16 ? 0x3f803f80u : 0x3c003c00u;
 
 // The codes of odd pairs (row g + 8) come out this many times too large.
-constexpr int ODD = BITS == 3 ? 8 : BITS == 4 && !BF16 ? 16 : 1;
+constexpr int ODD = BITS == 2 ? 4 : BITS == 3 ? 8 : BITS == 4 && !BF16 ? 16 : 1;
 
 __device__ inline Group make_group(uint2 stored) {
     constexpr float CONSTANT = BF16 ? 128.f : 1024.f;
@@ -165,7 +166,7 @@ __device__ inline void expand_bytes(uint32_t word, uint32_t offset, uint32_t& lo
     }
 }
 
-// Codes of a unit as A operands a[step][register], each half | magic; the odd registers hold ODD times the code. 3 and 4 bits.
+// Codes of a unit as A operands a[step][register], each half | magic; the odd registers hold ODD times the code. 2, 3 and 4 bits.
 __device__ inline void extract(const uint32_t* raw, uint32_t magic, uint32_t (&a)[4][4]) {
     if constexpr (BITS == 4) {
 #pragma unroll
@@ -176,6 +177,11 @@ __device__ inline void extract(const uint32_t* raw, uint32_t magic, uint32_t (&a
                 else a[j][p] = set_bits(p < 2 ? raw[j] : raw[j] >> 8, p & 1 ? 0x00f000f0u : 0x000f000fu, magic);
             }
         }
+    } else if constexpr (BITS == 2) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int p = 0; p < 4; ++p) a[j][p] = set_bits(raw[j / 2] >> (8 * (j & 1) + 4 * (p / 2)), p & 1 ? 0x000c000cu : 0x00030003u, magic);
     } else if constexpr (BITS == 3) {
         constexpr uint32_t EVEN = 0x00070007u, UNEVEN = 0x00380038u;
         constexpr int PAIRS[3][5] = {{0, 1, 2, 3, 4}, {6, 5, 8, 7, 10}, {12, 9, 14, 11, 13}};

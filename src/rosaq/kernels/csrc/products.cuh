@@ -48,9 +48,9 @@ struct Rows {
 __device__ inline Rows rows_of(uint2 stored) {
     const __half2 scales = reinterpret_cast<const __half2&>(stored.x);
     uint32_t minus = stored.y;
-    if constexpr (!BF16) minus = fma2(minus, 0x3c00u | uint32_t(ODD == 16 ? 0x4c00 : ODD == 8 ? 0x4800 : 0x3c00) << 16,
-                                      0x6400u | uint32_t(ODD == 16 ? 0x7400 : ODD == 8 ? 0x7000 : 0x6400) << 16);  // (-1024 - zero + 1024) ODD
-    else if constexpr (ODD != 1) minus = fma2(minus, 0x41003f80u, 0x44600000u);  // (-128 - zero) 8 + 896
+    constexpr uint32_t LOG = ODD == 16 ? 4 : ODD == 8 ? 3 : ODD == 4 ? 2 : 0;  // times 2^n is n more in the exponent
+    if constexpr (!BF16) minus = fma2(minus, 0x3c003c00u + (LOG << 26), 0x64006400u + (LOG << 26));  // (-1024 - zero + 1024) ODD
+    else if constexpr (ODD != 1) minus = fma2(minus, 0x3f803f80u + (LOG << 23), ODD == 8 ? 0x44600000u : 0x43c00000u);  // (-128 - zero) ODD + 128 (ODD - 1)
     return {{__low2float(scales), __high2float(scales)}, {widen(uint16_t(minus)), widen(uint16_t(minus >> 16))}};
 }
 
