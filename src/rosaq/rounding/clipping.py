@@ -16,7 +16,7 @@ UNCLIPPED = ("q", "k")  # AWQ leaves them: their errors meet in a product, not i
 OUTPUTS = 2048  # rows that are searched at a time
 TRIED = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights, times shares, that are rounded at a time
 SHRUNK = [1 - step / 25 for step in range(11)]  # of a group's whole range, where only squared errors are looked at: 1, 0.96, ... 0.6
-FOUR_STEPS = [1 - step / 25 for step in range(16)]  # the same for 2 bits: ... 0.4, and where zero lies among four steps matters, too
+FOUR_STEPS = [1 - step / 10 for step in range(7)]  # the same for 2 bits, where the zero point counts more than a fine choice of the share
 
 
 def group_moments(moment_QQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
@@ -56,7 +56,9 @@ def _search(weight_NGC: torch.Tensor, moment_GCC: torch.Tensor, bits: int) -> tu
 
 def shrunk_grids(bits: int) -> list[tuple[float, int]]:
     """The grids that `fit_shrunk_grid` tries: shares of the whole range, with what is added to its zero point."""
-    return [(share, moved) for moved in (0, -1, 1) for share in FOUR_STEPS] if bits == 2 else [(share, 0) for share in SHRUNK]
+    if bits > 2:
+        return [(share, 0) for share in SHRUNK]
+    return [(share, 0) for share in FOUR_STEPS] + [(share, moved) for moved in (-1, 1) for share in FOUR_STEPS[2:6]]
 
 
 def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
