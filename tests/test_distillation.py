@@ -25,6 +25,7 @@ SMALL = dict(group_size=16, salient=16, salient_per_head=4, salient_down=16)
 LAYOUTS = {
     "int4, int8 salient, one block": LinearLayout(20, 72, 4, 16, salient=8, salient_bits=8),
     "int3, float16 salient, heads, ragged groups": LinearLayout(12, 96, 3, 16, blocks=4, salient=4),
+    "int2, int8 salient": LinearLayout(20, 72, 2, 16, salient=8, salient_bits=8),
     "ordered, with bias": LinearLayout(16, 48, 4, 32, salient=8, bias=True, ordered=True),
     "nothing salient, 8 bits": LinearLayout(9, 40, 8, 16),
 }
