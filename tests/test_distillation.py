@@ -49,11 +49,17 @@ def reference_product(x, packed, ratio, salient, codes):
     """The product by plain autograd, column by column of the stored form."""
     form, t = packed.layout, packed.tensors()
     columns, group = form.quantized_columns(), form.column_groups()
-    differences = unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
+    differences = (
+        form.code_step * unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
+    )
     scales = ratio * t["scales"].double()
     weight = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
     low = -unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group].double()
-    steps = differences.double() if codes is None else through(codes, torch.round(codes).clamp(low, low + 2**form.bits - 1))
+    steps = (
+        differences.double()
+        if codes is None
+        else through(codes, form.code_step * torch.round((codes - low) / form.code_step).clamp(0, 2**form.bits - 1) + low)
+    )
     weight = weight.index_copy(1, columns, steps * through(scales, scales.half().double())[:, group])
     if salient is not None and form.salient_bits == 8:
         step = t["salient_scales"].double()[:, None]

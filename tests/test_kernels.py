@@ -212,7 +212,7 @@ def test_two_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     codes = reference.unpack(tensors["qweight"], 2, 128)
     for unit, lane, step, pair, e in itertools.product(range(2), range(32), range(4), range(4), range(2)):
         g, t = divmod(lane, 4)
-        code = (words[lane][unit][step // 2] >> (8 * (step % 2) + 2 * pair + 16 * e)) & 3
+        code = (words[lane][unit][step // 2] >> ((8 * (step % 2) + 2 * pair + 2) % 16 + 16 * e)) & 3
         assert code == int(codes[g + 8 * (pair & 1), 64 * unit + 16 * step + 8 * (pair >> 1) + 2 * t + e])
 
 
