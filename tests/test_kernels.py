@@ -175,7 +175,7 @@ def test_stream_of_the_cuda_kernels_has_the_planned_size(layout: LinearLayout) -
 
 
 def test_measured_cuts_are_ways_to_cut_the_layers_that_they_name() -> None:
-    layers = [layout for bits in (4, 3) for model in (llama2_7b, llama3_8b) for layout in model(bits).values()]
+    layers = [layout for bits in (4, 3, 2) for model in (llama2_7b, llama3_8b) for layout in model(bits).values()]
     forms = {(f.bits, f.group_runs, f.tiles, f.q_items, f.s_items): f for f in (stream.plan(layout)[0] for layout in layers)}
     for (*layer, tokens), cut in measured.CUTS.items():
         assert shapes.choose(forms[tuple(layer)], tokens, measured.MULTIPROCESSORS).cut == cut
