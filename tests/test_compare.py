@@ -27,6 +27,7 @@ from rosaq.comparison.table import make_table
 from rosaq.comparison.worker import Worker
 from rosaq.engines.loading import load_model
 from rosaq.evaluation.perplexity import perplexity, read_wikitext2, text_windows
+from rosaq.version import __version__
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz     .,"
 SIZES = {"group_size": 16, "salient": 16, "salient_per_head": 4}
@@ -71,7 +72,8 @@ def test_cells_hold_what_a_run_by_hand_gives(experiment, tmp_path, data):
     assert figures["perplexity"] == by_hand.perplexity and figures["standard_error"] == by_hand.standard_error
     assert values["bits_per_weight"] == report.bits_per_weight and values["calibration"] == statistics.record
     run = values["runs"][0]
-    assert run["versions"]["torch"] == torch.__version__ and run["hardware"]["device"] == "cpu" and run["peak_host_bytes"] > 10**7
+    assert run["versions"]["torch"] == torch.__version__ and run["versions"]["rosaq"] == __version__
+    assert run["hardware"]["device"] == "cpu" and run["peak_host_bytes"] > 10**7
     assert {"quantize: rounding", "loading", "perplexity", "whole cell"} <= set(run["seconds"])
     assert json.loads((tmp_path / "out" / "cells" / f"{cell.name}.json").read_text()) == values
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []

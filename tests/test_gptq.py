@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from rosaq import Calibration, load_recipe, quantize
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
 from rosaq.packing import unpack
@@ -64,6 +66,16 @@ def test_salient_channels_are_the_least_squares_fit():
 def test_a_moment_that_is_none_is_refused():
     with pytest.raises(ValueError, match="not positive definite"):
         quantize_linear(torch.randn(2, 32), LinearLayout(2, 32, 4, 16), moment_KK=-torch.eye(32), rounding=GPTQ)
+
+
+def test_inputs_that_are_all_zero_are_named_as_such(saved, text_file, tmp_path):
+    folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    recipe = load_recipe("gptq").replace(group_size=16)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj: the inputs are zero, or count nothing, throughout the calibration text"):
+        quantize(str(folder), tmp_path / "out", recipe, Calibration(str(text_file), 2, 32), "cpu")
 
 
 def test_channels_that_never_fire_are_no_trouble():

@@ -19,12 +19,12 @@ LEVELS = {
     "rosaq.basis": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
     "rosaq.statistics": 6, "rosaq.sensitivity": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.serving": 6,
     "rosaq.engines.vllm_layers": 7, "rosaq.engines.export": 7,
-    "rosaq.job": 7, "rosaq.run": 7, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
-    "rosaq.allocation": 8, "rosaq.pipeline": 9, "rosaq.stage_times": 9, "rosaq.forecast": 10, "rosaq.inspection": 8, "rosaq.distillation": 8,
-    "rosaq.benchmark.quantizing": 10, "rosaq.curve": 9, "rosaq.comparison": 10,
-    "rosaq": 11, "rosaq.report": 11,
-    "rosaq_cli": 12,
-    "rosaq.__main__": 13,
+    "rosaq.run": 7, "rosaq.job": 8, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
+    "rosaq.allocation": 9, "rosaq.pipeline": 10, "rosaq.stage_times": 10, "rosaq.forecast": 11, "rosaq.inspection": 9, "rosaq.distillation": 8,
+    "rosaq.benchmark.quantizing": 11, "rosaq.curve": 10, "rosaq.comparison": 11,
+    "rosaq": 12, "rosaq.report": 12,
+    "rosaq_cli": 13,
+    "rosaq.__main__": 14,
 }  # fmt: skip
 # The two halves share the recipe, the layout and the checkpoint, nothing else.
 SERVING = (

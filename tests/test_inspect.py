@@ -89,6 +89,14 @@ def test_relative_errors_are_those_of_the_outputs():
     assert of_output == pytest.approx(float((x @ (rounded - weight).T).norm() / (x @ weight.T).norm()))
 
 
+def test_inputs_and_weights_that_are_zero_have_no_error():
+    weight, moment = torch.randn(10, 24), torch.eye(24)
+    assert relative_errors(weight, weight + 0.1, torch.zeros(24, 24))[1] == 0
+    assert relative_errors(torch.zeros(10, 24), torch.zeros(10, 24), moment) == (0, 0)
+    silent = outliers(View(*torch.zeros(3, 24)), 4)
+    assert (silent.kurtosis, silent.max_over_median, silent.top_energy) == (0, 0, 0)
+
+
 def small(name, **changes):
     recipe = load_recipe(name).replace(bits=3, group_size=16, embedding_bits="16", **changes)
     return recipe.replace(**{key: value for key, value in SALIENT.items() if getattr(recipe, key)})
@@ -139,6 +147,27 @@ def test_activations_go_where_they_fit(original, calibration, monkeypatch):
     assert errors() == wanted and kept == [("disk", None)] * held_states(2)
 
 
+def test_one_pass_keeps_its_activations_where_they_fit(original, calibration, monkeypatch):
+    """Those of `measure` and of `observe`: with too little memory on disk, and the same figures come out."""
+    kept = []
+
+    class Spy(Activations):
+        def __init__(self, shape, dtype, device, place, folder=None):
+            kept.append(place)
+            super().__init__(shape, dtype, device, place, folder)
+
+    def seen():
+        statistics = measure(original, calibration, "cpu")
+        return [site.moment for block in observe(original, statistics, "cpu", no_progress) for site in block.values()]
+
+    monkeypatch.setattr("rosaq.moments.Activations", Spy)
+    monkeypatch.setattr("rosaq.memory.available_bytes", lambda: 2**40)
+    wanted = seen()
+    monkeypatch.setattr("rosaq.memory.available_bytes", lambda: 2**20)
+    assert all(torch.equal(one, other) for one, other in zip(seen(), wanted, strict=True))
+    assert kept == ["host", "host", "disk", "disk"]
+
+
 def test_a_target_without_an_allocation_has_no_errors(original, calibration):
     statistics = measure(original, calibration, "cpu")
     with pytest.raises(ValueError, match=r"'rosaq-int3' has target_bits 4.2 and no allocation"):
@@ -158,6 +187,10 @@ def test_the_files(cli_files):
     for name in ("magnitudes", "spectra", "energy", "outliers", "errors"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (folder / f"{name}.svg").read_text()
     assert len(table8(report)) == 9 and all(row[3] in page for row in table8(report))
+    spreads = [block[site]["norm_spread"] for block in report["blocks"] for site in ("attn_in", "mlp_in")]
+    gain = random_model("llama").model.layers[1].post_attention_layernorm.weight.detach()
+    assert spreads[3] == pytest.approx(float(gain.log().std()), rel=1e-5) and "norm_spread" not in report["blocks"][0]["mlp_out"]
+    assert f"mlp_in {(spreads[1] + spreads[3]) / 2:.2f} (" in page
 
 
 @pytest.fixture

@@ -97,6 +97,16 @@ def test_nothing_is_kept_once_all_were_asked(checkpoint, on_cpu):
     assert all(module.joined._kept is None for module in model.modules() if getattr(module, "joined", None) is not None)
 
 
+def test_values_reach_the_cache_in_one_piece(checkpoint, on_cpu):
+    attention = load(checkpoint("llama")).model.layers[0].self_attn
+    x = torch.randn(3, 1, attention.q_proj.in_features)
+    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    memory = [part.untyped_storage().data_ptr() for part in (q, k, v)]
+    assert len(on_cpu) == 1 and memory[0] == memory[1] != memory[2]
+    assert v.is_contiguous() and not k.is_contiguous()
+    assert torch.allclose(v, attention.v_proj.alone(x), atol=1e-5)
+
+
 def test_a_stored_tensor_that_changes_counts(checkpoint, on_cpu):
     model = load(checkpoint("llama"))
     layer, x = model.model.layers[0].mlp, torch.randn(2, model.config.hidden_size)

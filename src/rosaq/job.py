@@ -1,7 +1,7 @@
 """What every part of a model is quantized by, and the stored tensors of each: of a decoder block, of a table."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from rosaq.architecture import FINAL_NORM, HEAD, LINEARS, SITES
 from rosaq.basis import Bases, PreparedBlock, draw_bases, prepare_block, residual_basis
 from rosaq.clock import Clock, Progress, no_progress
+from rosaq.distributed import ALONE
 from rosaq.learned import Learned, QuantizedModel, learn, learning_key
 from rosaq.moments import BlockInputs
 from rosaq.plan import Plan, make_plan
@@ -16,6 +17,7 @@ from rosaq.recipe import Recipe
 from rosaq.rotation import Block
 from rosaq.rounding.clipping import UNCLIPPED
 from rosaq.rounding.linear import Rounding, quantize_linear, quantize_stacked
+from rosaq.run import Run
 from rosaq.source import Source
 from rosaq.statistics import Statistics
 
@@ -47,51 +49,46 @@ class ModelBases:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every part of a model is quantized by.
+class Job(Run):
+    """A run that knows its bases: what every part of a model is quantized by.
 
     Attributes:
-        source: the model.
-        recipe: the recipe.
-        plan: the recipe laid out over the model.
-        device: where to compute.
-        bases: those of the whole model.
-        clock: takes the time of "preparing", which is everything before the rounding itself.
+        bases: those of the whole model, on the device; the others are the run's.
     """
 
-    source: Source
-    recipe: Recipe
-    plan: Plan
-    device: str
     bases: ModelBases
-    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(cls, run: Run, bases: ModelBases) -> "Job":
+        """A run, and the bases that were found for it."""
+        return cls(**{entry.name: getattr(run, entry.name) for entry in fields(Run)}, bases=bases)
 
 
 def make_job(source: Source, recipe: Recipe, statistics: Statistics, device: str, progress: Progress = no_progress) -> Job:
-    """The job of a recipe by what a calibration has left."""
-    plan = make_plan(recipe, source.architecture, source.biases())
-    return Job(source, recipe, plan, device, find_bases(source, recipe, plan, statistics, device, progress))
+    """The job of a recipe by what a calibration has left, for one process."""
+    run = Run(source, recipe, make_plan(recipe, source.architecture, source.biases()), device, ALONE, Clock(), progress)
+    return Job.of(run, find_bases(run, statistics))
 
 
-def find_bases(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, device: str, progress: Progress) -> ModelBases:
+def find_bases(run: Run, statistics: Statistics) -> ModelBases:
     """The bases that all blocks share, on the device: drawn, learned, or out of the statistics."""
-    if recipe.rotation == "learned":
-        found = _learn(source, recipe, plan, statistics, device, progress)
-        return ModelBases(found.residual, found.heads, found.record).to(device)
-    residual, heads = draw_bases(recipe, source.architecture)
-    if recipe.rotation == "global":
-        residual = residual_basis(statistics.residual_moment().to(device), recipe)
-    return ModelBases(residual, heads).to(device)
+    if run.recipe.rotation == "learned":
+        found = _learn(run, statistics)
+        return ModelBases(found.residual, found.heads, found.record).to(run.device)
+    residual, heads = draw_bases(run.recipe, run.source.architecture)
+    if run.recipe.rotation == "global":
+        residual = residual_basis(statistics.residual_moment().to(run.device), run.recipe)
+    return ModelBases(residual, heads).to(run.device)
 
 
-def _learn(source: Source, recipe: Recipe, plan: Plan, statistics: Statistics, device: str, progress: Progress) -> Learned:
+def _learn(run: Run, statistics: Statistics) -> Learned:
     """The recipe's learned rotations, learned once for all recipes that share the statistics."""
-    key = learning_key(recipe)
+    recipe, key = run.recipe, learning_key(run.recipe)
     if key not in statistics.learned:
-        windows, (residual, heads) = statistics.windows, draw_bases(recipe, source.architecture)
+        windows, (residual, heads) = statistics.windows, draw_bases(recipe, run.source.architecture)
         assert residual is not None
-        model = QuantizedModel(source, recipe, plan.blocks[0], windows.shape[1], device)
-        statistics.learned[key] = learn(model, (residual, heads), windows, recipe, progress)
+        model = QuantizedModel(run.source, recipe, run.plan.blocks[0], windows.shape[1], run.device)
+        statistics.learned[key] = learn(model, (residual, heads), windows, recipe, run.progress)
     return statistics.learned[key]
 
 

@@ -117,34 +117,34 @@ def _make(run: Run, work: WorkFolder, flows: tuple[Flow, Flow], settings: dict[s
     statistics = calibration if isinstance(calibration, Statistics) else _measured(run, work, flow, settings, calibration)
     with run.clock("learning" if run.recipe.rotation == "learned" else "rotation"):
         job = _make_job(run, work, statistics)
-    if run.recipe.token_weights == "gradient":
-        with run.clock("gradients"):
-            weights = _token_weights(run, work, backward, statistics)
+    if job.recipe.token_weights == "gradient":
+        with job.clock("gradients"):
+            weights = _token_weights(job, work, backward, statistics)
             flow, backward = replace(flow, weights=weights), replace(backward, weights=weights)
     if results is None:
-        with run.clock("allocation"):
-            run = run.allocated(_allocation(run, work, job, backward, statistics))
-            job, results = replace(job, recipe=run.recipe, plan=run.plan), _laid_out(run, work)
-    report = run.report(settings, statistics.windows)
+        with job.clock("allocation"):
+            job = job.allocated(_allocation(job, work, backward, statistics))
+            results = _laid_out(job, work)
+    report = job.report(settings, statistics.windows)
     report.learning = job.bases.learning
-    with run.clock("rounding"):
-        report.resumed_blocks = _round_blocks(run, job, statistics, results, flow)
-    with run.clock("writing"):
+    with job.clock("rounding"):
+        report.resumed_blocks = _round_blocks(job, statistics, results, flow)
+    with job.clock("writing"):
         work.settle()
-    with run.clock("tables"):
-        _round_tables(run, job, results)
+    with job.clock("tables"):
+        _round_tables(job, results)
         work.settle()
-    with run.clock("writing"):
-        run.ranks.wait()
+    with job.clock("writing"):
+        job.ranks.wait()
         if first:
-            _finish(work, results, run, report, _pictures(job, statistics))
-    with run.clock("distillation") if run.recipe.distillation_windows else nullcontext():
-        if first and run.recipe.distillation_windows:
-            _distill(run, work, settings)
-    with run.clock("writing"):
+            _finish(work, results, job, report, _pictures(job, statistics))
+    with job.clock("distillation") if job.recipe.distillation_windows else nullcontext():
+        if first and job.recipe.distillation_windows:
+            _distill(job, work, settings)
+    with job.clock("writing"):
         if first:
             work.publish()
-        run.ranks.wait()
+        job.ranks.wait()
     return report
 
 
@@ -192,15 +192,15 @@ def _measured(run: Run, work: WorkFolder, flow: Flow, settings: dict[str, Any], 
         return Statistics(calibration_record(settings, windows), inputs, windows, residual)
 
 
-def _allocation(run: Run, work: WorkFolder, job: Job, flow: Flow, statistics: Statistics) -> str:
+def _allocation(job: Job, work: WorkFolder, flow: Flow, statistics: Statistics) -> str:
     """The allocation for the recipe's target, found by the first rank or an earlier go."""
     found = None
-    if run.ranks.first:
+    if job.ranks.first:
         found = work.noted(ALLOCATION)
         if found is None:
-            found = {"allocation": allocate(job, statistics, flow, run.progress)}
+            found = {"allocation": allocate(job, statistics, flow, job.progress)}
             work.note(ALLOCATION, found)
-    return str(run.ranks.agree(found)["allocation"])
+    return str(job.ranks.agree(found)["allocation"])
 
 
 def _token_weights(run: Run, work: WorkFolder, flow: Flow, statistics: Statistics) -> list[dict[str, torch.Tensor]]:
@@ -230,24 +230,24 @@ def _make_job(run: Run, work: WorkFolder, statistics: Statistics) -> Job:
     if run.ranks.first:
         if learns and work.has(LEARNED):
             statistics.learned[learning_key(run.recipe)] = Learned.from_tensors(work.load(LEARNED))
-        bases = find_bases(run.source, run.recipe, run.plan, statistics, run.device, run.progress).to("cpu")
+        bases = find_bases(run, statistics).to("cpu")
         if learns and not work.has(LEARNED):
             work.save(LEARNED, statistics.learned[learning_key(run.recipe)].tensors())
-    return Job(run.source, run.recipe, run.plan, run.device, run.ranks.agree(bases).to(run.device), run.clock)
+    return Job.of(run, run.ranks.agree(bases).to(run.device))
 
 
-def _round_blocks(run: Run, job: Job, statistics: Statistics, results: Results, flow: Flow) -> int:
+def _round_blocks(job: Job, statistics: Statistics, results: Results, flow: Flow) -> int:
     """Round the blocks that are not done yet, each rank its own; returns how many were done.
 
     Ranks take turns block by block. A rank rounds its block when all have run theirs of the turn: meanwhile it would
     keep the others waiting for its part of their moments.
     """
-    layers, ranks, clock = run.source.architecture.layers, run.ranks, run.clock
+    layers, ranks, clock = job.source.architecture.layers, job.ranks, job.clock
     done = ranks.agree([results.done(block_part(index)) for index in range(layers)] if ranks.first else None)
     mine = [index for index in range(layers) if index % ranks.count == ranks.rank and not done[index]]
-    blocks, turn = run.source.blocks(mine, run.device), []
+    blocks, turn = job.source.blocks(mine, job.device), []
     first = next((index for index in range(layers) if not done[index]), layers)
-    for index, moments in enumerate(run.moments(statistics, replace(flow, start=first)), first):
+    for index, moments in enumerate(job.moments(statistics, replace(flow, start=first)), first):
         if index in mine:
             turn.append((index, moments))
         del moments
@@ -259,15 +259,15 @@ def _round_blocks(run: Run, job: Job, statistics: Statistics, results: Results, 
             del block, kept
             with clock("writing"):
                 results.later(block_part(number), stored)
-        run.progress("rounding", index + 1, layers)
+        job.progress("rounding", index + 1, layers)
     return sum(done)
 
 
-def _round_tables(run: Run, job: Job, results: Results) -> None:
+def _round_tables(job: Job, results: Results) -> None:
     """Quantize what is outside the decoder blocks, each rank its own modules."""
     modules = [FINAL_NORM, EMBEDDING] if job.plan.tied else [FINAL_NORM, EMBEDDING, HEAD]
     for index, module in enumerate(modules):
-        if index % run.ranks.count == run.ranks.rank and not results.done(module):
+        if index % job.ranks.count == job.ranks.rank and not results.done(module):
             results.later(module, quantize_table(job, module))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -12,13 +12,13 @@ from rosaq.calibration import Calibration
 from rosaq.clock import Clock, Progress
 from rosaq.distributed import Ranks
 from rosaq.learned import BATCH
-from rosaq.memory import Work, estimate, place_activations
-from rosaq.moments import BATCH_TOKENS, Flow, own_windows
+from rosaq.memory import Work, place_activations
+from rosaq.moments import BATCH_TOKENS, Flow
 from rosaq.plan import Plan, make_plan
 from rosaq.recipe import Recipe
 from rosaq.sensitivity import LOGITS_BYTES, held_states, token_weights
 from rosaq.source import Source
-from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, read_windows
+from rosaq.statistics import Statistics, calibration_record, check_windows, compute_dtype, pass_work, read_windows
 from rosaq.version import __version__
 from rosaq.workfolder import WorkFolder, tensors_hash
 
@@ -104,7 +104,7 @@ class Run:
     clock: Clock
     progress: Progress
 
-    def allocated(self, allocation: str) -> "Run":
+    def allocated(self, allocation: str) -> Self:
         """The run with the allocation that was found for the recipe's target."""
         recipe = self.recipe.replace(allocation=allocation)
         return replace(self, recipe=recipe, plan=make_plan(recipe, self.source.architecture, self.source.biases()))
@@ -123,12 +123,9 @@ class Run:
 
     def work(self, windows: torch.Tensor, states: int = 1) -> Work:
         """Memory that a run over these windows takes, with so many hidden states of each; nothing but their shape is looked at."""
-        dtype, batch = compute_dtype(self.source, self.device), BATCH_TOKENS[torch.device(self.device).type]
-        mine = own_windows(windows, batch, self.ranks)
-        tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
         learning = (min(BATCH, len(windows)) * windows.shape[1], windows.shape[1]) if self.recipe.rotation == "learned" else (0, 0)
         moments = self.recipe.needs_moments or self.recipe.target_bits > 0
-        found = estimate(self.source.architecture, self.device, dtype.itemsize, tokens, moments, learning)
+        found = pass_work(self.source, windows, self.device, self.ranks, moments, learning)
         return replace(found, host=found.host + self._backward_bytes(windows), activations=states * found.activations)
 
     def _backward_bytes(self, windows: torch.Tensor) -> int:

@@ -13,8 +13,9 @@ from rosaq.basis import ResidualSum, kept_inputs, residual_moment
 from rosaq.calibration import Calibration, read_documents, sample_windows, token_windows, windows_hash
 from rosaq.clock import Clock, Progress, no_progress
 from rosaq.device import resolve_device
-from rosaq.distributed import current_ranks
-from rosaq.moments import BlockInputs, Flow, SiteInputs, collect, collect_moments
+from rosaq.distributed import Ranks, current_ranks
+from rosaq.memory import Work, estimate, place_activations
+from rosaq.moments import BATCH_TOKENS, BlockInputs, Flow, SiteInputs, collect, collect_moments, own_windows
 from rosaq.recipe import Recipe
 from rosaq.skeleton import full_model
 from rosaq.source import Source
@@ -133,11 +134,24 @@ def measure(
         settings = calibration.to_dict()
         with clock("text"):
             windows = read_windows(source, calibration, device, progress)
-    flow = Flow(ranks=current_ranks(), clock=clock)
+    flow = placed(Flow(ranks=current_ranks(), clock=clock), source, windows, device)
     with clock("activations"):
         passed = collect(source, windows, device, compute_dtype(source, device), progress, flow)
         inputs = [{site: kept.to("cpu") for site, kept in block.items()} for block in passed]
     return Statistics(calibration_record(settings, windows), inputs, windows)
+
+
+def pass_work(source: Source, windows: torch.Tensor, device: str, ranks: Ranks, second_pass: bool, learning: tuple[int, int] = (0, 0)) -> Work:
+    """What passes over windows (S, T) take of this rank's memory; nothing but their shape is looked at. Other arguments as for `estimate`."""
+    batch = BATCH_TOKENS[torch.device(device).type]
+    mine = own_windows(windows, batch, ranks)
+    tokens = ((mine.stop - mine.start) * windows.shape[1], max(batch, windows.shape[1]))
+    return estimate(source.architecture, device, compute_dtype(source, device).itemsize, tokens, second_pass, learning)
+
+
+def placed(flow: Flow, source: Source, windows: torch.Tensor, device: str, second_pass: bool = False) -> Flow:
+    """A flow whose activations are kept where they fit: on the GPU, in host memory, or in a temporary file."""
+    return replace(flow, place=place_activations(pass_work(source, windows, device, flow.ranks, second_pass), device, None))
 
 
 class StoredInputs(Sequence[BlockInputs]):

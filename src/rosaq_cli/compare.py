@@ -47,8 +47,8 @@ def compare(
     """Quantize by each recipe, evaluate each packed checkpoint, and write one table as Markdown, CSV and HTML.
 
     pareto.md has the rows by bits per weight, pareto.svg and pareto.png draw them where matplotlib is installed.
-    A cell is a recipe at its bits and calibration seed; each has a JSON file. The same command goes on where it was
-    stopped, and several may work in one folder at once.
+
+    A cell is a recipe at its bits and calibration seed; each has a JSON file. The same command goes on where it stopped; several may share a folder.
     """
     from rosaq import Calibration, open_source
     from rosaq.comparison.experiment import Experiment, sized

@@ -30,7 +30,7 @@ def inspect(
     leading channels, and with --checkpoint the relative errors of weights and outputs.
     """
     from rosaq import Calibration
-    from rosaq.inspection.page import TABLE_HEAD, table8, write
+    from rosaq.inspection.page import TABLE_HEAD, norm_spread, table8, write
     from rosaq.inspection.plots import require_matplotlib
     from rosaq.inspection.report import Settings
     from rosaq.inspection.report import inspect as run
@@ -53,6 +53,7 @@ def inspect(
             found = [block[site]["figures"][basis] for block in report["blocks"]]
             rows.append([f"{site}, {basis}", *(f"{statistics.median(entry[name] for entry in found):.4g}" for name in found[0])])
     show_table("median over blocks", ["site, basis", "kurtosis", "max / median", "energy in the top"], rows)
+    results.print(norm_spread(report), highlight=False, soft_wrap=True)
     if report["errors"]:
         roles = list(dict.fromkeys(error["role"] for error in report["errors"]))
         lines = [

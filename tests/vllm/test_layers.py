@@ -204,6 +204,7 @@ def test_layers_of_different_forms_are_not_joined(engine, checkpoint):
     ("change", "message"),
     [
         (dict(colour="red"), "unknown key 'colour'"),
+        (dict(layouts=None), "the key 'layouts' is missing"),
         (dict(format_version=99), "checkpoint format 99; this rosaq reads format 1"),
         (dict(hadamard_inputs=["mlp.down_proj"]), "by a Hadamard matrix at run time, which vLLM's layers cannot; load it with transformers"),
         (dict(rotated_norms=["input_layernorm"]), "rotates after each norm at run time, which vLLM's norms cannot; load it with transformers"),
@@ -213,7 +214,8 @@ def test_layers_of_different_forms_are_not_joined(engine, checkpoint):
 def test_a_config_that_vllm_cannot_serve_is_refused(engine, checkpoint, change, message):
     folder = checkpoint("biased")
     values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"].update(change)
+    stored = {**values["quantization_config"], **change}
+    values["quantization_config"] = {key: value for key, value in stored.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         vllm_config(folder)

@@ -11,14 +11,14 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
-from rosaq.comparison.experiment import Cell, Experiment
+from rosaq.comparison.experiment import PERPLEXITY, Cell, Experiment
 from rosaq.learned import Learned, learning_key
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import read_json
@@ -28,6 +28,14 @@ from rosaq.workfolder import write_whole
 
 COMMON = "comparison.json"
 PARTS = ("cells", "claims", "checkpoints", "shared")
+
+# What a cell's file holds as far as it is read again: types by key, those of "*" for every key, "?" behind one that may be missing.
+NUMBER, NUMBER_OR_NONE = (int, float), (int, float, type(None))
+SCORES = {"*": {"accuracy": NUMBER, "standard_error": NUMBER_OR_NONE}}
+TASK = {"tasks": SCORES, "averages": SCORES}
+TEXT = {"perplexity": NUMBER, "standard_error": NUMBER_OR_NONE, "windows": int, "window_tokens": int, "kl_divergence?": NUMBER}
+ORIGINAL = {"recipe": type(None), "bits_per_weight": NUMBER, "figures": {f"{PERPLEXITY}?": TEXT, "csr?": TASK, "mmlu?": TASK}, "runs": list}
+QUANTIZED = {**ORIGINAL, "recipe": dict, "calibration": {"text": str, "samples": int, "seq_len": int}}
 
 
 class Results:
@@ -68,16 +76,14 @@ class Results:
         """What is known of a cell, or None.
 
         Raises:
-            ValueError: its file is damaged, or its recipe is another one of the same name; says which field differs.
+            ValueError: its file is damaged (names the file and the value), or its recipe is another one of the same name; says which field differs.
         """
         file = self._file(cell)
         if not file.is_file():
             return None
         found = read_json(file)
-        kept = found.get("recipe")
-        if bool(kept) != (cell.recipe is not None):
-            raise ValueError(f"{file}: not a result of this cell; remove it")
-        if kept and cell.recipe is not None and (recipe := Recipe.from_dict(kept, str(file))) != cell.recipe:
+        _check_form(file, "the cell", found, ORIGINAL if cell.recipe is None else QUANTIZED)
+        if cell.recipe is not None and (recipe := _recipe(file, found["recipe"])) != cell.recipe:
             before, wanted = recipe.to_dict(), cell.recipe.to_dict()
             key = next(key for key in wanted if before[key] != wanted[key])
             raise ValueError(f"{file}: recipe {cell.recipe.name!r} had {key} {before[key]!r}, now {wanted[key]!r}; name another folder")
@@ -106,31 +112,23 @@ class Results:
         for file in (self.folder / "cells").glob("*.failed"):
             file.unlink(missing_ok=True)
 
-    @contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
+    def claim(self, cell: Cell) -> AbstractContextManager[bool]:
         """Hold a cell while the block runs; gives False where another process holds it."""
-        with self._lock(cell.name, wait=False) as free:
-            yield free
+        return self._lock(cell.name, wait=False)
 
     @contextmanager
     def statistics(self, seed: int) -> Iterator[Statistics | None]:
         """Hold a seed's statistics while the block runs: another process waits; gives them, or None where nobody has written them yet."""
-        file = self._shared(f"statistics.seed{seed}")
-        with self._lock(file.stem) as free:
-            assert free
-            yield Statistics.from_tensors(load_file(file)) if file.is_file() else None
+        with self._held(self._statistics(seed)) as tensors:
+            yield None if tensors is None else Statistics.from_tensors(tensors)
 
     def write_statistics(self, seed: int, found: Statistics) -> None:
         """Keep a seed's statistics for the other processes."""
-        write_whole(self._shared(f"statistics.seed{seed}"), save(found.tensors()))
+        write_whole(self._statistics(seed), save(found.tensors()))
 
-    @contextmanager
-    def moments(self, seed: int, sink_weight: int) -> Iterator[dict[str, torch.Tensor] | None]:
+    def moments(self, seed: int, sink_weight: int) -> AbstractContextManager[dict[str, torch.Tensor] | None]:
         """Hold a seed's whole second moments likewise; gives them, or None."""
-        file = self._moments(seed, sink_weight)
-        with self._lock(file.stem) as free:
-            assert free
-            yield load_file(file) if file.is_file() else None
+        return self._held(self._moments(seed, sink_weight))
 
     def write_moments(self, seed: int, sink_weight: int, found: dict[str, torch.Tensor]) -> None:
         """Keep a seed's whole second moments for the other processes."""
@@ -154,7 +152,8 @@ class Results:
     def read_learned(self, cell: Cell) -> Learned | None:
         """The rotations that a cell needs, as another cell of its seed has learned them, or None."""
         file = self._learned(cell)
-        return Learned.from_tensors(load_file(file)) if file is not None and file.is_file() else None
+        tensors = None if file is None else _tensors(file)
+        return None if tensors is None else Learned.from_tensors(tensors)
 
     def write_learned(self, cell: Cell, found: Learned) -> None:
         """Keep a cell's learned rotations for those that share them, unless they are kept."""
@@ -187,11 +186,21 @@ class Results:
         key = hashlib.sha256(repr(learning_key(cell.recipe)).encode()).hexdigest()[:16]
         return self._shared(f"rotations.seed{cell.seed}.{key}")
 
+    def _statistics(self, seed: int) -> Path:
+        return self._shared(f"statistics.seed{seed}")
+
     def _moments(self, seed: int, sink_weight: int) -> Path:
         return self._shared(f"statistics.seed{seed}.moments{sink_weight}")
 
     def _shared(self, name: str) -> Path:
         return self.folder / "shared" / f"{name}.safetensors"
+
+    @contextmanager
+    def _held(self, file: Path) -> Iterator[dict[str, torch.Tensor] | None]:
+        """Hold what processes share while the block runs, and wait for whoever does; gives its tensors, or None where nobody has written them yet."""
+        with self._lock(file.stem) as free:
+            assert free
+            yield _tensors(file)
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
@@ -202,6 +211,32 @@ class Results:
                 yield False
                 return
             yield True
+
+
+def _check_form(file: Path, name: str, value: Any, form: Any) -> None:
+    """Refuse a value in a cell's file that is not of its form: a type, several, or the forms of an object's keys."""
+    if not isinstance(value, dict if isinstance(form, dict) else form):
+        raise ValueError(f"{file}: {name} is {value!r}, which no cell has there; remove the file, and the cell is measured again")
+    if not isinstance(form, dict):
+        return
+    for key, inner in form.items():
+        for there in value if key == "*" else [key.removesuffix("?")]:
+            if there in value:
+                _check_form(file, there, value[there], inner)
+            elif not key.endswith("?"):
+                raise ValueError(f"{file}: {name} lacks {there!r}; remove the file, and the cell is measured again")
+
+
+def _recipe(file: Path, values: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor] | None:
+    """A file's tensors, or None where there is none."""
+    return load_file(file) if file.is_file() else None
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

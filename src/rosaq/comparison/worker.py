@@ -29,7 +29,8 @@ from rosaq.run import Means
 from rosaq.safetensors_folder import read_json
 from rosaq.skeleton import full_model
 from rosaq.source import Source
-from rosaq.statistics import Statistics, measure, moments_fit
+from rosaq.statistics import Statistics, measure, moments_fit, placed
+from rosaq.version import __version__
 
 HELD_BYTES = 8 * 10**9  # a model that takes no more than this in float32 is read once and kept, its statistics are shared through a file
 POLL_SECONDS = 0.5
@@ -181,7 +182,8 @@ class Worker:
             if found is not None:
                 statistics.hold_moments(sink, found)
                 return
-            for _ in statistics.second_moments(self.source, self.device, Flow(sink_weight=sink, clock=clock)):
+            flow = placed(Flow(sink_weight=sink, clock=clock), self.source, statistics.windows, self.device, second_pass=True)
+            for _ in statistics.second_moments(self.source, self.device, flow):
                 pass  # they are held
             collected = statistics.moments(sink)
             assert collected is not None
@@ -190,8 +192,8 @@ class Worker:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("rosaq", "torch", "transformers", "lm_eval"):
+    found = {"python": platform.python_version(), "rosaq": __version__}
+    for name in ("torch", "transformers", "lm_eval"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -20,6 +20,7 @@ from rosaq.linear import RosaqLinear
 
 DEVICES = ("cuda",)  # elsewhere launches cost nothing beside the products
 KERNELS = ("cuda", "triton")  # that compute quantized weights at once; the others dequantize first
+WHOLE = ("v",)  # goes into the KV cache as it is: torch.cat of a large cache and a part of rows takes 609 us instead of 108 (docs/log.md)
 
 
 class JoinedLayers:
@@ -27,11 +28,13 @@ class JoinedLayers:
 
     Args:
         layers: they may be on the meta device; the joined weight is made at the first call on a GPU, or by `build`.
+        whole: those whose output is copied out of the joined one, for who is slow with every third part of a row.
     """
 
-    def __init__(self, layers: Sequence[RosaqLinear]) -> None:
+    def __init__(self, layers: Sequence[RosaqLinear], whole: Sequence[RosaqLinear] = ()) -> None:
         """Attach to the layers."""
         self.layers = tuple(layers)
+        self._whole = {layer.number for layer in whole}
         ends = list(accumulate(layer.out_features for layer in layers))
         self._rows = {layer.number: slice(end - layer.out_features, end) for layer, end in zip(layers, ends, strict=True)}
         self._built: dict[torch.dtype, RosaqLinear | None] = {}
@@ -54,7 +57,8 @@ class JoinedLayers:
             y = kept[1]
             if layer is self.layers[-1]:
                 self._kept = None
-        return y[..., self._rows[layer.number]]
+        part = y[..., self._rows[layer.number]]
+        return part.contiguous() if layer.number in self._whole and not torch.compiler.is_compiling() else part
 
     def build(self, dtype: torch.dtype) -> RosaqLinear | None:
         """One layer of all outputs for activations of `dtype`, made once; None where each is computed by itself."""
@@ -104,7 +108,7 @@ def join_layers(model: Any) -> None:
                 continue
             forms = {replace(layer.layout, out_features=1) for layer in layers}
             if len(forms) == 1 and not layers[0].layout.ordered:
-                JoinedLayers(layers)
+                JoinedLayers(layers, [layer for role, layer in zip(roles, layers, strict=True) if role in WHOLE])
 
 
 def _version(x: torch.Tensor) -> int:

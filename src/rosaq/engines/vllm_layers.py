@@ -69,8 +69,8 @@ class RosaqVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RosaqVllmConfig":
-        """Out of config.json's `quantization_config`; an unknown key or format version is a ValueError."""
-        return cls(RosaqConfig(**config))
+        """Out of config.json's `quantization_config`; an unknown or missing key or another format version is a ValueError."""
+        return cls(RosaqConfig.from_dict(config))
 
     @classmethod
     def get_name(cls) -> str:

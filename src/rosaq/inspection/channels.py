@@ -7,10 +7,12 @@ import torch
 
 from rosaq.inspection.observation import View
 
+LEAST = torch.finfo(torch.float64).tiny  # in the place of a sum of squares that is 0, so that nothing over nothing is 0
+
 
 @dataclass(frozen=True)
 class Outliers:
-    """How far a site's inputs are from evenly spread.
+    """How far a site's inputs are from evenly spread; all 0 where they are zero throughout the text.
 
     Attributes:
         kurtosis: mean x^4 over (mean x^2)^2, all channels and tokens together; 3 for one Gaussian.
@@ -39,9 +41,9 @@ def outliers(view: View, top: int, blocks: int = 1) -> Outliers:
     median = view.magnitude.median().clamp_min(torch.finfo(torch.float32).tiny)
     leading = energy.view(blocks, -1).sort(descending=True).values[:, :top]
     return Outliers(
-        float(view.fourth.double().mean() / energy.mean().square()),
+        float(view.fourth.double().mean() / energy.mean().square().clamp_min(LEAST)),
         float(view.magnitude.max() / median),
-        float(leading.sum() / energy.sum()),
+        float(leading.sum() / energy.sum().clamp_min(LEAST)),
     )
 
 
@@ -60,3 +62,11 @@ def top_channels(views: list[View], count: int) -> list[TopChannel]:
     energy = torch.stack([view.energy for view in views]).mean(0)
     order = magnitude.argsort(descending=True, stable=True)[:count]
     return [TopChannel(int(index), float(magnitude[index]), float(energy[index])) for index in order]
+
+
+def log_spread(weight: torch.Tensor) -> float:
+    """Standard deviation of the logarithms of a norm's weights: how far it pulls the channels apart.
+
+    Where it is 1 or more, far more of them stand out than Mixed keeps; a rotation folds the norm into the layers first (docs/results.md).
+    """
+    return float(weight.double().abs().clamp_min(LEAST).log().std())

@@ -9,14 +9,14 @@ import torch
 from rosaq.architecture import LINEARS, SITES
 from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.clock import Progress, no_progress
-from rosaq.distributed import ALONE
 from rosaq.engines.transformers import RosaqConfig
+from rosaq.inspection.channels import LEAST
 from rosaq.inspection.observation import Observation
 from rosaq.job import Job, make_job, prepare, quantize_block
 from rosaq.kernels.reference import dequantize
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
-from rosaq.run import Means, Run
+from rosaq.run import Means
 from rosaq.safetensors_folder import SafetensorsFolder, read_json
 from rosaq.source import Source
 from rosaq.statistics import Statistics
@@ -42,11 +42,11 @@ class LayerError:
 
 
 def relative_errors(weight_NK: torch.Tensor, rounded_NK: torch.Tensor, moment_KK: torch.Tensor) -> tuple[float, float]:
-    """Relative error of a weight, and of its outputs for inputs of second moment M; both in the inputs' basis."""
+    """Relative error of a weight, and of its outputs for inputs of second moment M; both in the inputs' basis; nothing of nothing is 0."""
     weight, moment = weight_NK.double(), moment_KK.to(weight_NK.device).double()
     error = rounded_NK.double() - weight
-    output = (error @ moment * error).sum().clamp_min(0) / (weight @ moment * weight).sum()
-    return float(error.norm() / weight.norm()), float(output.sqrt())
+    output = (error @ moment * error).sum().clamp_min(0) / (weight @ moment * weight).sum().clamp_min(LEAST)
+    return float(error.norm() / weight.norm().clamp_min(LEAST)), float(output.sqrt())
 
 
 def recipe_errors(
@@ -76,12 +76,12 @@ def recipe_errors(
         raise ValueError(
             f"recipe {recipe.name!r} has target_bits {recipe.target_bits:g} and no allocation; quantize by it, and take its checkpoint's recipe"
         )
-    job = make_job(source, recipe, statistics, device)
+    job = make_job(source, recipe, statistics, device, progress)
 
     def stored(index: int, block: Block, moments: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return quantize_block(job, index, block, statistics.inputs[index], moments)
 
-    return _errors(job, statistics, observed, stored, progress, every)
+    return _errors(job, statistics, observed, stored, every)
 
 
 def checkpoint_errors(
@@ -107,28 +107,25 @@ def checkpoint_errors(
     if found != wanted:
         raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
     tensors = SafetensorsFolder(folder)
-    job = make_job(source, Recipe.from_dict(config.recipe, str(folder)), statistics, device)
+    job = make_job(source, Recipe.from_dict(config.recipe, str(folder)), statistics, device, progress)
     for role, module in LINEARS.items():
         name, form = f"{source.architecture.block_prefix(0)}{module}.qweight", job.plan.blocks[0][role].tensors()["qweight"][0]
         if name not in tensors or tuple(tensors[name].shape) != form:
             raise ValueError(f"{folder}: tensor {name!r} is not of shape {form}, so this is not a checkpoint of {source.name}")
-    errors = _errors(job, statistics, observed, lambda index, *_: tensors, progress)
+    errors = _errors(job, statistics, observed, lambda index, *_: tensors)
     worst = max(errors, key=lambda error: error.weight)
     if worst.weight > 1:
         raise ValueError(f"{folder}: {worst.role} of block {worst.block} is nothing like the original's, so it is not a checkpoint of {source.name}")
     return errors
 
 
-def _errors(
-    job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, progress: Progress, every: int = 1
-) -> list[LayerError]:
-    run = Run(job.source, job.recipe, job.plan, job.device, ALONE, job.clock, progress)
+def _errors(job: Job, statistics: Statistics, observed: Iterable[dict[str, Observation]], stored: Stored, every: int = 1) -> list[LayerError]:
     # A recipe that searches by the moments must see the very ones that it was quantized by. Observing keeps hidden states of its own.
-    flow, backward = run.flows(statistics.windows, Means(), None, beside=1)
+    flow, backward = job.flows(statistics.windows, Means(), None, beside=1)
     if job.recipe.token_weights == "gradient":
-        flow = replace(flow, weights=run.weights(statistics, backward))
+        flow = replace(flow, weights=job.weights(statistics, backward))
     found = []
-    for index, (sites, given) in enumerate(zip(observed, run.moments(statistics, flow), strict=True)):
+    for index, (sites, given) in enumerate(zip(observed, job.moments(statistics, flow), strict=True)):
         if index % every:
             continue
         block = job.source.block(index, job.device)

@@ -15,7 +15,7 @@ from rosaq.distributed import Ranks
 from rosaq.moments import Flow, check_finite, run_blocks, second_moment
 from rosaq.rotation import principal_basis
 from rosaq.source import Source
-from rosaq.statistics import Statistics, compute_dtype
+from rosaq.statistics import Statistics, compute_dtype, placed
 
 OWN, NORMALISED, GLOBAL, LOCAL, HEADS = "own", "normalised", "global", "per-layer", "head-wise"
 
@@ -108,7 +108,8 @@ def observe(source: Source, statistics: Statistics, device: str, progress: Progr
         gain = None if norm is None else source.tensor(f"{a.block_prefix(index)}{NORMS[norm]}.weight").to(device).float()
         return _Sums(_transforms(site, statistics.inputs[index][site].moment, gain, shared, a))
 
-    for done, observed in run_blocks(source, statistics.windows, device, compute_dtype(source, device), make, Flow()):
+    flow = placed(Flow(), source, statistics.windows, device, second_pass=True)
+    for done, observed in run_blocks(source, statistics.windows, device, compute_dtype(source, device), make, flow):
         progress("observing", done, a.layers)
         yield observed
         del observed  # so that it is not held while the next block runs

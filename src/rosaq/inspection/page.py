@@ -4,9 +4,11 @@ import base64
 import html
 import io
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
+from rosaq.architecture import SITE_NORM
 from rosaq.inspection.observation import GLOBAL, NORMALISED, OWN
 from rosaq.inspection.plots import figures
 
@@ -33,6 +35,15 @@ def table8(report: dict[str, Any]) -> list[list[str]]:
         for basis, rows in report["table8"].items()
         for rank, row in enumerate(rows, 1)
     ]
+
+
+def norm_spread(report: dict[str, Any]) -> str:
+    """One line: how far the norms pull the channels apart, over blocks."""
+    parts = []
+    for site in SITE_NORM:
+        found = [block[site]["norm_spread"] for block in report["blocks"]]
+        parts.append(f"{site} {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+    return f"spread of the norms' weights (standard deviation of their logarithms), median over blocks: {', '.join(parts)}"
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -65,7 +76,7 @@ def _page(report: dict[str, Any], pictures: dict[str, str]) -> str:
     calibration, settings = report["calibration"], report["settings"]
     about = (
         f"{calibration['samples']} windows of {calibration['seq_len']} tokens of {calibration['text']}; {settings['salient']} leading channels, "
-        f"{settings['salient_per_head']} of each head."
+        f"{settings['salient_per_head']} of each head; {norm_spread(report)}."
     )
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table8(report))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)

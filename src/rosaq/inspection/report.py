@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from rosaq.architecture import SITE_NORM, SITES
+from rosaq.architecture import NORMS, SITE_NORM, SITES
 from rosaq.calibration import Calibration
 from rosaq.checkpoint import is_checkpoint
 from rosaq.clock import Progress, no_progress
 from rosaq.device import resolve_device
-from rosaq.inspection.channels import outliers, top_channels
+from rosaq.inspection.channels import log_spread, outliers, top_channels
 from rosaq.inspection.errors import checkpoint_errors
 from rosaq.inspection.observation import GLOBAL, HEADS, LOCAL, NORMALISED, OWN, Observation, View, observe
 from rosaq.safetensors_folder import read_json
@@ -60,7 +60,7 @@ def inspect(
 
     Returns:
         JSON-able: "model", "calibration", "settings", "table8" (basis -> rows), "blocks" (per block and site: outlier
-        figures and magnitudes per basis, and the eigenvalues), "errors" (per layer, with a checkpoint).
+        figures and magnitudes per basis, the eigenvalues, and the spread of the norm's weights), "errors" (per layer, with a checkpoint).
 
     Raises:
         ValueError: sizes that the model does not have, a checkpoint of another model or calibration, or a bad text.
@@ -78,7 +78,7 @@ def inspect(
         """Every block as it comes: what is shown of it is kept, its moments are passed on."""
         for block in observe(source, statistics, device, progress):
             residual.extend(block[site].views for site in SITE_NORM)
-            blocks.append({site: _site(site, block[site], settings, source) for site in SITES})
+            blocks.append({site: _site(site, block[site], settings, source, len(blocks)) for site in SITES})
             yield block
 
     if checkpoint is None:
@@ -121,7 +121,7 @@ def _check(settings: Settings, source: Source) -> None:
         raise ValueError(f"top is {settings.top}; allowed are 1 to {a.hidden}")
 
 
-def _site(site: str, kept: Observation, settings: Settings, source: Source) -> dict[str, Any]:
+def _site(site: str, kept: Observation, settings: Settings, source: Source, index: int) -> dict[str, Any]:
     heads = source.architecture.heads if site == "attn_out" else 1
     top = settings.salient_per_head if site == "attn_out" else settings.salient
     found: dict[str, Any] = {
@@ -131,6 +131,8 @@ def _site(site: str, kept: Observation, settings: Settings, source: Source) -> d
     if site in SPECTRUM:
         energy = kept.views[SPECTRUM[site]].energy
         found["eigenvalues"] = rounded(energy.view(heads, -1).mean(0))  # a head's principal axes are sorted by themselves
+    if site in SITE_NORM:
+        found["norm_spread"] = log_spread(source.tensor(f"{source.architecture.block_prefix(index)}{NORMS[SITE_NORM[site]]}.weight"))
     return found
 
 

@@ -34,7 +34,7 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
         Codes (N, Q), scales and zero points (N, G), and the salient weights (N, S), changed by the feedback.
 
     Raises:
-        ValueError: the moment is not positive definite even after damping.
+        ValueError: the moment is zero, or not positive definite even after damping.
     """
     device, top = weight_NK.device, (1 << layout.bits) - 1
     salient, quantized = layout.salient_columns().to(device), layout.quantized_columns().to(device)
@@ -71,8 +71,14 @@ def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
     one triangular inverse instead of a whole one and its factorization. Memory: two matrices beside the moment, which
     are large where J is (6.6 GB each for the 28672 channels of a 70B model).
     """
+    damping = damping_of(moment_JJ)
+    if damping == 0:
+        raise ValueError(
+            "the inputs are zero, or count nothing, throughout the calibration text, so GPTQ has no error to feed back; "
+            "calibrate on other text, or take a recipe with rounding 'nearest'"
+        )
     reversed_JJ = moment_JJ.flip(0, 1).double()
-    reversed_JJ.diagonal().add_(damping_of(moment_JJ))
+    reversed_JJ.diagonal().add_(damping)
     lower_JJ, failed = torch.linalg.cholesky_ex(reversed_JJ)
     del reversed_JJ
     if int(failed):
