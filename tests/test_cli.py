@@ -284,7 +284,7 @@ def test_recipes_state_their_bits(cli):
     table = json.loads(out)
     rows = {row["name"]: row for row in table["recipes"]}
     assert code == 0 and table["model"] == "Llama-2-7B"
-    assert [rows["rtn"][key] for key in ("bits per weight, INT4", "INT3")] == ["4.16", "3.16"]
+    assert [rows["rtn"][key] for key in ("bits per weight, INT4", "INT3", "INT2")] == ["4.16", "3.16", "2.16"]
     assert [rows["rosaq-paper"][key] for key in ("bits per weight, INT4", "INT3")] == ["4.66", "3.70"]
     assert cli("recipes")[1].count("4.66") >= 5
 

@@ -25,6 +25,7 @@ SMALL = dict(group_size=16, salient=16, salient_per_head=4, salient_down=16)
 LAYOUTS = {
     "int4, int8 salient, one block": LinearLayout(20, 72, 4, 16, salient=8, salient_bits=8),
     "int3, float16 salient, heads, ragged groups": LinearLayout(12, 96, 3, 16, blocks=4, salient=4),
+    "int2, int8 salient": LinearLayout(20, 72, 2, 16, salient=8, salient_bits=8),
     "ordered, with bias": LinearLayout(16, 48, 4, 32, salient=8, bias=True, ordered=True),
     "nothing salient, 8 bits": LinearLayout(9, 40, 8, 16),
 }
@@ -48,11 +49,17 @@ def reference_product(x, packed, ratio, salient, codes):
     """The product by plain autograd, column by column of the stored form."""
     form, t = packed.layout, packed.tensors()
     columns, group = form.quantized_columns(), form.column_groups()
-    differences = unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
+    differences = (
+        form.code_step * unpack(t["qweight"], form.bits, columns.numel()) - unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group]
+    )
     scales = ratio * t["scales"].double()
     weight = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
     low = -unpack_zeros(t["zeros"], form.zero_bits, form.out_features)[:, group].double()
-    steps = differences.double() if codes is None else through(codes, torch.round(codes).clamp(low, low + 2**form.bits - 1))
+    steps = (
+        differences.double()
+        if codes is None
+        else through(codes, form.code_step * torch.round((codes - low) / form.code_step).clamp(0, 2**form.bits - 1) + low)
+    )
     weight = weight.index_copy(1, columns, steps * through(scales, scales.half().double())[:, group])
     if salient is not None and form.salient_bits == 8:
         step = t["salient_scales"].double()[:, None]

@@ -175,7 +175,7 @@ def test_stream_of_the_cuda_kernels_has_the_planned_size(layout: LinearLayout) -
 
 
 def test_measured_cuts_are_ways_to_cut_the_layers_that_they_name() -> None:
-    layers = [layout for bits in (4, 3) for model in (llama2_7b, llama3_8b) for layout in model(bits).values()]
+    layers = [layout for bits in (4, 3, 2) for model in (llama2_7b, llama3_8b) for layout in model(bits).values()]
     forms = {(f.bits, f.group_runs, f.tiles, f.q_items, f.s_items): f for f in (stream.plan(layout)[0] for layout in layers)}
     for (*layer, tokens), cut in measured.CUTS.items():
         assert shapes.choose(forms[tuple(layer)], tokens, measured.MULTIPROCESSORS).cut == cut
@@ -212,7 +212,7 @@ def test_two_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     codes = reference.unpack(tensors["qweight"], 2, 128)
     for unit, lane, step, pair, e in itertools.product(range(2), range(32), range(4), range(4), range(2)):
         g, t = divmod(lane, 4)
-        code = (words[lane][unit][step // 2] >> (8 * (step % 2) + 2 * pair + 16 * e)) & 3
+        code = (words[lane][unit][step // 2] >> ((8 * (step % 2) + 2 * pair + 2) % 16 + 16 * e)) & 3
         assert code == int(codes[g + 8 * (pair & 1), 64 * unit + 16 * step + 8 * (pair >> 1) + 2 * t + e])
 
 

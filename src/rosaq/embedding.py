@@ -29,7 +29,7 @@ class RosaqEmbedding(torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., hidden) of token ids (...), in `dtype`."""
         flat, form = ids.reshape(-1), self.layout
-        codes = unpack(self.get_buffer("qweight")[flat], form.bits, form.in_features)
+        codes = form.code_step * unpack(self.get_buffer("qweight")[flat], form.bits, form.in_features)
         scales = self.get_buffer("scales")[flat].float()
         per_word = 32 // form.zero_bits  # zero points of consecutive rows share a word
         shifts = (flat % per_word * form.zero_bits).to(torch.int32)[:, None]

@@ -18,16 +18,16 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def recipes(json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False) -> None:
-    """List the recipes that come with rosaq, with their average bits per weight at 4 and 3 bits."""
+    """List the recipes that come with rosaq, with their average bits per weight at 4, 3 and 2 bits."""
     from rosaq import load_recipe, shipped_recipes
     from rosaq.architecture import LLAMA2_7B
     from rosaq.plan import make_plan
 
     rows = []
     for recipe in map(load_recipe, shipped_recipes()):
-        spent = [make_plan(recipe.replace(bits=bits), LLAMA2_7B).bits_per_weight for bits in (4, 3)]
+        spent = [make_plan(recipe.replace(bits=bits), LLAMA2_7B).bits_per_weight for bits in (4, 3, 2)]
         rows.append([recipe.name, str(recipe.bits), *(f"{bits:.2f}" for bits in spent), recipe.description])
-    columns = ["name", "bits", "bits per weight, INT4", "INT3", "what it is"]
+    columns = ["name", "bits", "bits per weight, INT4", "INT3", "INT2", "what it is"]
     if json_output:
         show_json({"model": "Llama-2-7B", "recipes": [dict(zip(columns, row, strict=True)) for row in rows]})
     else:

@@ -69,7 +69,7 @@ class TrainableLinear(torch.nn.Module):
         device = tensors["scales"].device
         columns, groups = layout.quantized_columns().to(device), layout.column_groups().to(device)
         zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, layout.out_features)
-        differences_NQ = unpack(tensors["qweight"], layout.bits, columns.numel()) - zeros_NG[:, groups]
+        differences_NQ = layout.code_step * unpack(tensors["qweight"], layout.bits, columns.numel()) - zeros_NG[:, groups]
         self._constant("differences", differences_NQ.to(torch.int8 if layout.bits <= 4 else torch.int16))
         self._constant("zeros", zeros_NG.to(torch.int16))
         self._constant("columns", columns)
@@ -106,11 +106,11 @@ class TrainableLinear(torch.nn.Module):
         return torch.round(self.salient.detach() / self.salient_scales).clamp(-127, 127).to(torch.int8)
 
     def steps(self) -> torch.Tensor:
-        """Codes minus zero points (N, B Q) as stored."""
+        """Codes (at 2 bits four times the codes) minus zero points (N, B Q) as stored."""
         if self.codes is None:
             return self.differences
-        low_NQ = -self.zeros.to(self.codes)[:, self.groups]
-        return torch.round(self.codes.detach()).clamp(low_NQ, low_NQ + ((1 << self.layout.bits) - 1))
+        zero_NQ, step = self.zeros.to(self.codes)[:, self.groups], self.layout.code_step
+        return step * torch.round((self.codes.detach() + zero_NQ) / step).clamp(0, (1 << self.layout.bits) - 1) - zero_NQ
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (N, K) that would be stored, in `dtype`, columns in the order of the layer's own input."""
@@ -146,7 +146,7 @@ class TrainableLinear(torch.nn.Module):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"distillation left {name} with values that are not finite; lower the learning rates")
         if self.codes is not None:
-            found["qweight"] = pack((self.steps() + self.zeros[:, self.groups]).long(), self.layout.bits)
+            found["qweight"] = pack((self.steps() + self.zeros[:, self.groups]).long() // self.layout.code_step, self.layout.bits)
         return found
 
 

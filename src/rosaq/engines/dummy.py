@@ -27,13 +27,14 @@ from rosaq.skeleton import materialize_rotary, meta_model
 def random_tensors(layout: LinearLayout, device: torch.device | str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stored tensors of a random layer whose outputs have about the size of its inputs."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    size = layout.in_features**-0.5 / (1 << layout.bits) * 4
+    step = layout.code_step
+    size = layout.in_features**-0.5 / (step << layout.bits) * 4
 
     def random(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if name == "order":
             return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
         if name == "zeros":  # near the middle of the codes' range, as calibration gives
-            middle, places = 1 << (layout.bits - 1), range(0, 32, layout.zero_bits)
+            middle, places = (step << layout.bits) // 2 - step // 2, range(0, 32, layout.zero_bits)
             spread = torch.randint(-1, 2, (len(places), *shape), generator=generator, device=device)
             word = sum((middle + spread[i]) << place for i, place in enumerate(places))
             return torch.as_tensor(word).to(dtype)

@@ -91,8 +91,8 @@ def _compressed(model: Any, dtype: torch.dtype, group: int) -> Iterator[tuple[st
 def compressed_tensors(layout: LinearLayout, tensors: dict[str, torch.Tensor], dtype: torch.dtype, group: int) -> dict[str, torch.Tensor]:
     """A stored layer without salient channels as compressed-tensors has it; the same numbers, w = (code - zero) scale.
 
-    Codes of fewer bits are put into 4. Scales and zero points are repeated where `group` divides the stored group size: a shorter
-    last group is then a whole number of groups too.
+    Codes of fewer bits are put into 4, those of 2 bits times four. Scales and zero points are repeated where `group` divides the stored
+    group size: a shorter last group is then a whole number of groups too.
 
     Returns:
         `weight_packed` (N, K / 8) and `weight_zero_point` (ceil(N / 8), K / group), int32 words of eight values of 4 bits, the
@@ -103,7 +103,7 @@ def compressed_tensors(layout: LinearLayout, tensors: dict[str, torch.Tensor], d
     column = layout.column_groups()[first].to(tensors["scales"].device)
     zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, n)[:, column]
     return {
-        "weight_packed": tensors["qweight"] if layout.bits == 4 else pack(unpack(tensors["qweight"], layout.bits, k), 4),
+        "weight_packed": tensors["qweight"] if layout.bits == 4 else pack(layout.code_step * unpack(tensors["qweight"], layout.bits, k), 4),
         "weight_scale": tensors["scales"][:, column].to(dtype),
         "weight_zero_point": pack_zeros(zeros_NG, 4),
         "weight_shape": torch.tensor([n, k], dtype=torch.int64),

@@ -3,7 +3,7 @@
 That operation multiplies bf16 activations with W = (code - 8) * scale + offset, codes of 4 bits in groups of 32, 64, 128 or 256
 channels, accumulating in float32; only its bf16 form is vectorised. Every layout is written in its terms:
 
-- 2-, 3- and 4-bit codes are taken as they are: offset = (8 - zero) * scale;
+- 3- and 4-bit codes are taken as they are, 2-bit codes times four: offset = (8 - zero) * scale;
 - an 8-bit code, salient INT8 channels included, is 16 high + low: its channels appear twice, once with 16 times the scale;
 - a group whose length the operation does not know is cut into groups of 32, the last one padded with channels that read a zero;
 - the output is padded to a multiple of 16.
@@ -58,7 +58,7 @@ def why_not(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> s
 def prepare(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Prepared:
     """Rewrite the stored tensors for the int4 product."""
     n = layout.out_features
-    codes_NQ = unpack(tensors["qweight"], layout.bits, layout.blocks * layout.quantized)
+    codes_NQ = layout.code_step * unpack(tensors["qweight"], layout.bits, layout.blocks * layout.quantized)
     scales_NG = tensors["scales"].float()
     zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, n).float()
     group = _kernel_group(layout)

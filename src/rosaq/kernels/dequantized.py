@@ -72,7 +72,7 @@ def dequantize(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype:
 
 
 def _differences(layout: LinearLayout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Codes minus zero points (N, B Q), in the narrowest integer type that holds them."""
+    """Codes (at 2 bits four times the codes) minus zero points (N, B Q), in the narrowest integer type that holds them."""
     n, blocks, quantized, size = layout.out_features, layout.blocks, layout.quantized, layout.group_size
     columns = blocks * quantized
     narrow = torch.int8 if layout.bits <= 4 else torch.int16
@@ -85,7 +85,7 @@ def _differences(layout: LinearLayout, tensors: Mapping[str, torch.Tensor]) -> t
     else:
         codes_NQ = unpack(tensors["qweight"], layout.bits, columns).to(narrow)
     zeros = unpack_zeros(tensors["zeros"], layout.zero_bits, n).to(narrow).view(n, blocks, layout.groups_per_block)
-    differences = codes_NQ.reshape(n, blocks, quantized)
+    differences = codes_NQ.mul_(layout.code_step).reshape(n, blocks, quantized)
     whole = quantized // size * size  # channels in groups of full length; a shorter one may follow
     if whole:
         differences[:, :, :whole].unflatten(2, (-1, size)).sub_(zeros[:, :, : whole // size, None])

@@ -63,7 +63,7 @@ def _launch(x_MK: torch.Tensor, y_MN: torch.Tensor, layout: LinearLayout, tensor
             x_MK, y_MN, tensors["qweight"], tensors["scales"], tensors["zeros"],
             tensors.get("salient", nothing), tensors.get("salient_scales", nothing), tensors.get("bias", nothing), tensors.get("order", nothing),
             tokens, n, x_MK.stride(0), x_MK.stride(1), tensors["qweight"].shape[1],
-            BITS=layout.bits, ZERO_BITS=layout.zero_bits, GROUP=layout.group_size, GROUPS=layout.groups_per_block, BLOCKS=layout.blocks,
-            BLOCK_SIZE=layout.block_size, SALIENT=layout.salient, SALIENT_BYTES=layout.salient_bits == 8, BIAS=layout.bias, ORDERED=layout.ordered,
-            ONE_GROUP=step is not None, TILE_M=tile_m, TILE_N=tile_n, STEP=step or 32,
+            BITS=layout.bits, CODE_STEP=layout.code_step, ZERO_BITS=layout.zero_bits, GROUP=layout.group_size, GROUPS=layout.groups_per_block,
+            BLOCKS=layout.blocks, BLOCK_SIZE=layout.block_size, SALIENT=layout.salient, SALIENT_BYTES=layout.salient_bits == 8, BIAS=layout.bias,
+            ORDERED=layout.ordered, ONE_GROUP=step is not None, TILE_M=tile_m, TILE_N=tile_n, STEP=step or 32,
         )  # fmt: skip

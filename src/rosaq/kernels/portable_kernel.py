@@ -26,8 +26,8 @@ def _codes(words, bit, mask, BITS: tl.constexpr):
 def product(  # noqa: PLR0913
     x, y, qweight, scales, zeros, salient, salient_scales, bias, order,
     tokens, n, stride_m, stride_k, row_words,
-    BITS: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SALIENT: tl.constexpr, SALIENT_BYTES: tl.constexpr, BIAS: tl.constexpr, ORDERED: tl.constexpr, ONE_GROUP: tl.constexpr,
+    BITS: tl.constexpr, CODE_STEP: tl.constexpr, ZERO_BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SALIENT: tl.constexpr, SALIENT_BYTES: tl.constexpr, BIAS: tl.constexpr, ORDERED: tl.constexpr, ONE_GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write y (M, N) = x (M, K) W^T + b. GROUPS: per block; ONE_GROUP: no step crosses a group."""
@@ -58,7 +58,7 @@ def product(  # noqa: PLR0913
             scale = tl.load(scales + row64[None, :] * (BLOCKS * GROUPS) + group, mask=mask, other=0.0)
             zero = tl.load(zeros + zero_word[None, :] * (BLOCKS * GROUPS) + group, mask=mask, other=0).to(tl.uint32, bitcast=True)
             zero = ((zero >> zero_shift[None, :]) & ((1 << ZERO_BITS) - 1)).to(tl.int32)
-        weight_KN = ((code_KN - zero).to(tl.float32) * scale.to(tl.float32)).to(kind)
+        weight_KN = ((code_KN * CODE_STEP - zero).to(tl.float32) * scale.to(tl.float32)).to(kind)
         total = tl.dot(x_MK.to(kind), weight_KN, total)
     for first in range(0, BLOCKS * SALIENT, STEP):
         j = first + tl.arange(0, STEP)

@@ -1,7 +1,7 @@
 """What a quantized linear layer computes: the definition that every faster kernel is held to.
 
 y_MN = x_MK W_NK^T + b_N, where the salient columns of W are stored as they are (or as 8-bit integers with one scale
-per output) and the others are (code - zero) * scale per group (ROSAQ Eq. 3, arXiv:2506.13472).
+per output) and the others are (code - zero) * scale per group (ROSAQ Eq. 3, arXiv:2506.13472), at 2 bits (4 code - zero) * scale.
 M tokens, N outputs, K inputs, Q quantized channels, S salient channels, G groups.
 """
 
@@ -22,7 +22,7 @@ def dequantize(layout: LinearLayout, tensors: Mapping[str, torch.Tensor], dtype:
     codes_NQ = unpack(tensors["qweight"], layout.bits, columns.numel())
     zeros_NG = unpack_zeros(tensors["zeros"], layout.zero_bits, n)
     weight_NK = torch.empty(n, layout.in_features, dtype=dtype, device=device)
-    weight_NK[:, columns] = (codes_NQ - zeros_NG[:, group]).to(dtype) * scales_NG.to(dtype)[:, group]
+    weight_NK[:, columns] = (layout.code_step * codes_NQ - zeros_NG[:, group]).to(dtype) * scales_NG.to(dtype)[:, group]
     if layout.salient:
         precise_NS = tensors["salient"].to(dtype)
         if layout.salient_bits == 8:

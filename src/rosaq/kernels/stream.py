@@ -282,9 +282,10 @@ def _unit_words(codes_NJ: torch.Tensor, bits: int) -> torch.Tensor:
     pieces = _fragments(codes_NJ, 64).permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int64)  # T U g t j h half e: pair p = 2 h + half
     pairs = (pieces[..., 0] | pieces[..., 1] << 16).flatten(4)
     pairs = pairs.reshape(*pairs.shape[:2], 32, 16)
-    if bits != 3:
-        each = 16 // bits  # pairs of a word
-        words = [sum(pairs[..., each * word + p] << (bits * p) for p in range(each)) for word in range(bits)]
+    if bits == 2:
+        words = [sum(pairs[..., 8 * word + p] << (2 * p + 2) % 16 for p in range(8)) for word in range(2)]
+    elif bits == 4:
+        words = [sum(pairs[..., 4 * j + p] << (4 * p) for p in range(4)) for j in range(4)]
     else:
         words = [
             sum(pairs[..., pair] << (3 * at) for at, pair in enumerate(held)) | ((pairs[..., 15] >> i) & 0x00010001) << 15

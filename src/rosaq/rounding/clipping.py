@@ -8,7 +8,7 @@ G groups, C channels of a full group.
 
 import torch
 
-from rosaq.layout import LinearLayout
+from rosaq.layout import LinearLayout, code_step
 from rosaq.rounding.grid import FP16_TINY, fit_grid, to_codes
 
 SHARES = [1 - step / 20 for step in range(10)]  # of a group's largest |w|: 1, 0.95, ... 0.55
@@ -16,7 +16,8 @@ UNCLIPPED = ("q", "k")  # AWQ leaves them: their errors meet in a product, not i
 OUTPUTS = 2048  # rows that are searched at a time
 TRIED = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights, times shares, that are rounded at a time
 SHRUNK = [1 - step / 25 for step in range(11)]  # of a group's whole range, where only squared errors are looked at: 1, 0.96, ... 0.6
-FOUR_STEPS = [1 - step / 25 for step in range(16)]  # the same for 2 bits: ... 0.4, and where zero lies among four steps matters, too
+FOUR_LEVELS = (0.96, 0.84, 0.72, 0.6, 0.48)  # the same for 2 bits, where the zero point counts more than a fine choice of the share
+MOVES = (0.0, -0.5, -0.25, 0.25, 0.5)  # of the zero point among them, in steps
 
 
 def group_moments(moment_QQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
@@ -54,27 +55,28 @@ def _search(weight_NGC: torch.Tensor, moment_GCC: torch.Tensor, bits: int) -> tu
     return best
 
 
-def shrunk_grids(bits: int) -> list[tuple[float, int]]:
+def shrunk_grids(bits: int) -> list[tuple[float, float]]:
     """The grids that `fit_shrunk_grid` tries: shares of the whole range, with what is added to its zero point."""
-    return [(share, moved) for moved in (0, -1, 1) for share in FOUR_STEPS] if bits == 2 else [(share, 0) for share in SHRUNK]
+    return [(share, moved) for moved in MOVES for share in FOUR_LEVELS] if bits == 2 else [(share, 0.0) for share in SHRUNK]
 
 
 def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point (N, G) of each group, of the share of its range whose rounding has the least squared error.
 
-    The zero point is that of the whole range, at 2 bits or one beside it. A channel's squared errors are multiplied by what they
+    The zero point is that of the whole range, at 2 bits or up to half a step beside it. A channel's squared errors are multiplied by what they
     count (G, C), so that a group's errors are taken as independent; GPTQ's conditional variances are such counts.
 
     Raises:
         ValueError: a range that no FP16 scale spans.
     """
     whole, zero = fit_grid(weight_NGC, bits)
+    step = code_step(bits)
     tried = torch.tensor(shrunk_grids(bits), device=whole.device, dtype=whole.dtype)
     shares, moves = tried[:, :1, None], tried[:, 1:, None]
     rows = max(1, TRIED[whole.device.type] // (len(tried) * weight_NGC[0].numel()))
     best = []
     for weight, scale, code in zip(weight_NGC.split(rows), whole.split(rows), zero.split(rows), strict=True):
-        scales = (shares * scale).half().to(whole).clamp_min(FP16_TINY)  # all at once: on a GPU the launches are what takes time
+        scales = step * (shares / step * scale).half().to(whole).clamp_min(FP16_TINY)  # all at once: on a GPU the launches are what takes time
         codes = (code + moves).clamp_(0, (1 << bits) - 1)
         error = (to_codes(weight, scales, codes, bits) - codes[..., None]).mul_(scales[..., None]).sub_(weight)
         chosen = torch.einsum("pngc,gc->png", error.square_(), counts_GC.to(whole)).argmin(0, keepdim=True)

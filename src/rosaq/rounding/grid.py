@@ -1,13 +1,14 @@
 """The grid: asymmetric integers per group of input channels, and INT8 for salient channels and tables.
 
 w is stored as a code q with (q - zero) * scale nearest to w; scale is FP16 and spans the group's range including 0
-over 2^b - 1 steps, zero is an integer code (ROSAQ section 4; the grid of GPTQ and AWQ). Shape letters: N outputs,
+over 2^b - 1 steps, zero is an integer code (ROSAQ section 4; the grid of GPTQ and AWQ), at 2 bits a quarter of one: here scale is that of a
+code's step and zero counts steps; `layout.code_step` is between them and what is stored. Shape letters: N outputs,
 K inputs, Q quantized channels, S salient channels, B blocks, G groups, C channels of a full group.
 """
 
 import torch
 
-from rosaq.layout import LinearLayout
+from rosaq.layout import LinearLayout, code_step
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24  # the smallest FP16 above zero
@@ -30,19 +31,19 @@ def ungrouped(values_NGC: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
 
 
 def fit_grid(weight_NGC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point (N, G) of each group by its minimum and maximum; the scale is a value that FP16 holds.
+    """Scale and zero point (N, G) of each group by its minimum and maximum; values that can be stored.
 
     Raises:
         ValueError: a range that no FP16 scale spans.
     """
-    top = (1 << bits) - 1
+    top, step = (1 << bits) - 1, code_step(bits)
     low, high = weight_NGC.amin(-1).clamp_max(0), weight_NGC.amax(-1).clamp_min(0)
-    scale = (high - low) / top
+    scale = (high - low) / (step * top)
     if float(scale.max()) > FP16_MAX:
         raise ValueError(f"a group of weights spans {float((high - low).max()):.3g}, more than an FP16 scale of a {bits}-bit grid can hold")
     scale = scale.half().to(weight_NGC.dtype)
     scale = torch.where(scale == 0, torch.full_like(scale, FP16_TINY if float(high.max()) or float(low.min()) else 1.0), scale)
-    return scale, torch.round(-low / scale).clamp(0, top)
+    return step * scale, torch.round(-low / scale).clamp(0, step * top) / step
 
 
 def to_codes(weight_NGC: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, bits: int) -> torch.Tensor:

@@ -111,8 +111,8 @@ def _stored(parts: tuple[torch.Tensor, ...], layout: LinearLayout, order_K: torc
     codes_NQ, scale_NG, zero_NG, salient_NS = parts
     stored = {
         "qweight": pack(codes_NQ.to(torch.int64), layout.bits),
-        "scales": scale_NG.half(),
-        "zeros": pack_zeros(zero_NG.to(torch.int64), layout.zero_bits),
+        "scales": (scale_NG / layout.code_step).half(),
+        "zeros": pack_zeros((zero_NG * layout.code_step).to(torch.int64), layout.zero_bits),
     }
     if layout.salient:
         stored |= store_salient(salient_NS, layout)

@@ -46,18 +46,18 @@ def refine(
     answer_SQ = torch.linalg.solve(moment_SS, crossed_SQ.double()).to(weight_NK)
     moment_QQ = moment_QQ.to(weight_NK).addmm_(crossed_SQ.T.to(weight_NK), answer_SQ, alpha=-1)  # in float32, the damping is far above its error
     wanted_NQ = weight_NK[:, quantized]
-    codes_NQ, scale_NG = codes_NQ.to(weight_NK), _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups)
+    codes_NQ, scale_NG = codes_NQ.to(weight_NK), _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups, layout.code_step)
     for _ in range(sweeps):
         codes_NQ = _sweep(wanted_NQ, moment_QQ, codes_NQ, (scale_NG[:, groups], zero_NG[:, groups]), (1 << layout.bits) - 1)
-        scale_NG = _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups)
+        scale_NG = _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups, layout.code_step)
     error_NQ = (codes_NQ - zero_NG[:, groups]) * scale_NG[:, groups] - wanted_NQ
     return codes_NQ, scale_NG, zero_NG, weight_NK[:, salient] - error_NQ @ answer_SQ.T
 
 
 def _fit_scales(
-    wanted_NQ: torch.Tensor, moment_QQ: torch.Tensor, steps_NQ: torch.Tensor, scale_NG: torch.Tensor, groups: torch.Tensor
+    wanted_NQ: torch.Tensor, moment_QQ: torch.Tensor, steps_NQ: torch.Tensor, scale_NG: torch.Tensor, groups: torch.Tensor, step: int
 ) -> torch.Tensor:
-    """The scales (N, G), as FP16 holds them, that lose least with these codes less their zero points.
+    """The scales (N, G), as FP16 holds them (by `step`), that lose least with these codes less their zero points.
 
     For each row sum_h s_h (c_g M c_h) = c_g M w for all g, c_g the row's codes in group g. A scale stays where the solution would change it much.
     """
@@ -70,7 +70,7 @@ def _fit_scales(
     diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
     found_NG = torch.linalg.solve(normal_NGG, known_NG[..., None])[..., 0]
     fine = torch.isfinite(found_NG) & (found_NG > scale_NG / LARGEST) & (found_NG < scale_NG * LARGEST)
-    return torch.where(fine, found_NG, scale_NG).half().to(scale_NG)
+    return step * (torch.where(fine, found_NG, scale_NG) / step).half().to(scale_NG)
 
 
 def _sweep(

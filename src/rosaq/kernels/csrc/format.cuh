@@ -16,7 +16,8 @@
 //   4 bits: one word per step, pair p at bit 4 p of both 16-bit halves;
 //   3 bits: three words with five pairs each, at bits 0, 3, 6, 9, 12 of both halves: 0 1 2 3 4, 6 5 8 7 10, 12 9 14 11 13 (so that few shifts
 //     bring even pairs to bit 0 and odd ones to bit 3); pair 15 lies in bit 15 of the three;
-//   2 bits: one word per two steps, pair p of the first at bit 2 p of both halves, of the second at bit 8 + 2 p;
+//   2 bits: one word per two steps, pair p of the first at bit 2 p + 2 of both halves, of the second at bit 2 p + 10, its last at bit 0: a code counts
+//     four, so that pairs p even belong at bit 2, and p odd, four times as large, at bit 4;
 //   8 bits: two words per step, one per row, bytes in channel order.
 //
 // The words of a block, unit after unit, lie in planes: four words of every lane, next to each other, then the next four; the last plane
@@ -181,7 +182,10 @@ __device__ inline void extract(const uint32_t* raw, uint32_t magic, uint32_t (&a
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int p = 0; p < 4; ++p) a[j][p] = set_bits(raw[j / 2] >> (8 * (j & 1) + 4 * (p / 2)), p & 1 ? 0x000c000cu : 0x00030003u, magic);
+            for (int p = 0; p < 4; ++p) {
+                const uint32_t word = (j & 1) && p == 3 ? raw[j / 2] << 4 : raw[j / 2] >> (8 * (j & 1) + 4 * (p / 2));
+                a[j][p] = set_bits(word, p & 1 ? 0x00300030u : 0x000c000cu, magic);
+            }
     } else if constexpr (BITS == 3) {
         constexpr uint32_t EVEN = 0x00070007u, UNEVEN = 0x00380038u;
         constexpr int PAIRS[3][5] = {{0, 1, 2, 3, 4}, {6, 5, 8, 7, 10}, {12, 9, 14, 11, 13}};
@@ -198,7 +202,7 @@ __device__ inline void extract(const uint32_t* raw, uint32_t magic, uint32_t (&a
     }
 }
 
-// code - zero of a unit as A operands; `first` and `second` are the groups of its two runs.
+// code - zero (4 code - zero at 2 bits) of a unit as A operands; `first` and `second` are the groups of its two runs.
 __device__ inline void expand(const uint32_t* raw, const Group& first, const Group& second, uint32_t (&a)[4][4]) {
     if constexpr (BITS == 8) {
 #pragma unroll
