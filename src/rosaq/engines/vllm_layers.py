@@ -28,7 +28,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rosaq.architecture import EMBEDDING, HEAD
 from rosaq.embedding import RosaqEmbedding
@@ -282,8 +284,10 @@ def _counted(loader: Callable[..., None], arrived: set[int]) -> Callable[..., No
 
 
 def register_with_vllm() -> None:
-    """Register the config and the operation, once per process."""
+    """Register the config, the operation and, on CUDA, the attention; once per process."""
     if hasattr(torch.ops.vllm, "rosaq_linear"):
         return
     direct_register_custom_op("rosaq_linear", rosaq_linear, fake_impl=_rosaq_linear_fake)
     register_quantization_config(METHOD)(RosaqVllmConfig)
+    if current_platform.is_cuda() and not AttentionBackendEnum.CUSTOM.is_overridden():  # vLLM's one place for an attention of others
+        register_backend(AttentionBackendEnum.CUSTOM, "rosaq.engines.vllm_attention.RosaqAttentionBackend")

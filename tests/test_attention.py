@@ -1,0 +1,34 @@
+"""Decoding attention in Triton's interpreter, which runs kernels on the CPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import torch
+import triton.runtime.interpreter as interpreter
+patch = interpreter._patch_lang_tensor
+def patched(tensor, scope):  # numpy 2.4 makes no int of an array of one element, which the bound of a loop is here
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+interpreter._patch_lang_tensor = patched
+from attention_cases import CASES, check, step
+from rosaq.kernels.attention import attend
+for case in CASES:
+    arguments, expected = step(case, "cpu")
+    out = torch.full(expected.shape, float("nan"), dtype=arguments[0].dtype)
+    attend(arguments[0], out, *arguments[1:])
+    check(case, out, expected)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_agrees_with_float64() -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
