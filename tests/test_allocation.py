@@ -71,7 +71,7 @@ def test_the_expected_loss_is_that_of_rounding(feedback, bits, clipping):
     stored = quantize_linear(weight, layout, moment_KK=moment, rounding=Rounding(gptq=feedback, clipping=clipping))
     error = dequantize(layout, stored) - weight
     measured = float(((error @ moment) * error).sum())
-    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment, clipping == "mse")
+    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment, clipping == "mse", feedback)
     assert expected == pytest.approx(measured, rel=0.3)
 
 

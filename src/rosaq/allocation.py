@@ -106,7 +106,8 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
             stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
             if form.salient not in weights:
                 weights[form.salient] = channel_weights(moment_KK, stacked, recipe.rounding == "gptq")
-            loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse") / (2 * len(weight_NK))
+            loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse", recipe.rounding == "gptq")
+            loss /= 2 * len(weight_NK)
             options.append(Option(form, site_bits(recipe, a, site, form), loss))
         found.append(options)
     return found

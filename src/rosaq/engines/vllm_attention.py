@@ -8,9 +8,14 @@ few sequences, which vLLM splits over the GPU. Any model can be served with it. 
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl, TritonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
 
 HEAD_SIZES = (64, 128)
 CACHES = {"auto": False, "float16": False, "bfloat16": False, "fp8": True, "fp8_e4m3": True}  # vLLM's names of what we read, and whether it is FP8
@@ -69,6 +74,12 @@ class RosaqAttentionImpl(TritonAttentionImpl):
         return output
 
 
+class RosaqAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
+    """A graph is captured with one token a sequence, so it serves only steps that have just that: mixed steps get no graph of their attention."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+
 class RosaqAttentionBackend(TritonAttentionBackend):
     """What vLLM asks a backend; layout and types of the caches are its Triton backend's."""
 
@@ -83,3 +94,8 @@ class RosaqAttentionBackend(TritonAttentionBackend):
     def get_impl_cls() -> type[RosaqAttentionImpl]:
         """The class of a layer's attention."""
         return RosaqAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RosaqAttentionMetadataBuilder]:
+        """The class that describes a step."""
+        return RosaqAttentionMetadataBuilder
