@@ -190,6 +190,15 @@ def test_a_layer_with_other_salient_channels_is_cut_like_the_measured_one() -> N
             assert shapes.choose(split, tokens, measured.MULTIPROCESSORS).cut == shapes.choose(plain, tokens, measured.MULTIPROCESSORS).cut
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_layer_with_other_groups_is_cut_like_the_measured_one(bits: int) -> None:
+    for name, layout in llama2_7b(bits).items():
+        if name != "llama2 o":  # whose heads come in other items
+            coarse, fine = (stream.plan(form)[0] for form in (layout, llama2_7b(bits, 64)[name]))
+            for tokens in (1, 64, 128):
+                assert shapes.choose(fine, tokens, measured.MULTIPROCESSORS).cut == shapes.choose(coarse, tokens, measured.MULTIPROCESSORS).cut
+
+
 def test_four_bit_stream_holds_each_code_where_the_kernel_reads_it() -> None:
     layout = LinearLayout(16, 128, 4, 128)
     tensors = random_tensors(layout, "cpu")

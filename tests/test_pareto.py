@@ -1,6 +1,8 @@
 """Bits against loss: targets, checkpoints and divergence in one table, its front, its picture."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,22 @@ def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
     assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()
+
+
+def test_a_verdict_by_budget(tmp_path):
+    """`scripts/pareto.py` on two tables: better by more than the spread, within it, worse, and where only one side is as small."""
+    spec = importlib.util.spec_from_file_location("pareto_script", Path(__file__).parents[1] / "scripts" / "pareto.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    head = "bits,method,published,bits/weight,WikiText-2 PPL,WikiText-2 PPL spread,WikiText-2 PPL seeds"
+    own = ["FP16,original,,16,20,,1", "INT2-4,rosaq-int4-3.4,,3.4,30,1,2", "INT2-4,rosaq-distilled-4.3,,4.3,24,0.1,3", "INT4,awq,,4.312,25,0.2,3"]
+    others = ["INT3,awq,,3.312,30.5,0.2,3", "INT4,awq,,4.312,1,,1", "INT4,quarot-gptq,,4.6,23.5,0.2,3", "INT4,gptq,paper,4.1,2,,1"]
+    for name, rows in (("a.csv", own), ("b.csv", others)):
+        (tmp_path / name).write_text("\n".join([head, *rows, ""]))
+    pytest.importorskip("matplotlib")
+    script.main(str(tmp_path / "out"), "two tables", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"))
+    everything, untrained = (tmp_path / "out.md").read_text().split("## By budget")[1:]
+    said = {line.split(" |")[0]: line.split(" | ")[-1] for line in everything.splitlines()}
+    assert said["| 3.35"] == "no, none of ours is as small |" and said["| 3.4"] == "no, +0.50 is within the spread |"
+    assert said["| 4.35"] == "yes, +1.00, 5 spreads |" and said["| 4.65"] == "no, -0.50, 2 spreads |" and "| 2.5" not in said
+    assert "| 4.35 | rosaq-int4-3.4 |" in untrained and (tmp_path / "out.svg").stat().st_size > 1000

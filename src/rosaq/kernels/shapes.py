@@ -74,16 +74,15 @@ def choose(form: Form, tokens: int, multiprocessors: int) -> Shape:
 
 
 def measured_cut(form: Form, tokens: int) -> tuple[int, ...] | None:
-    """The cut that was fastest for this layer, or for one that differs only in how many of its channels are salient."""
+    """The cut that was fastest for this layer, or the nearest of its bits, tiles and channels: other salient channels, then other groups."""
     size = next((size for size in MEASURED_TOKENS if tokens <= size), 0)
-    exact = CUTS.get((form.bits, form.group_runs, form.tiles, form.q_items, form.s_items, size))
     channels = form.q_items * form.runs + form.s_items
-    alike = (
-        cut
-        for (bits, group_runs, tiles, q_items, s_items, tokens), cut in CUTS.items()
-        if (bits, group_runs, tiles, tokens) == (form.bits, form.group_runs, form.tiles, size) and q_items * form.runs + s_items == channels
-    )
-    return exact or next(alike, None)
+    found: dict[tuple[bool, bool], tuple[int, ...]] = {}
+    for (bits, group_runs, tiles, q_items, s_items, measured_tokens), cut in CUTS.items():
+        runs = 6 if group_runs == 3 else 4
+        if (bits, tiles, measured_tokens, runs, q_items * runs + s_items) == (form.bits, form.tiles, size, form.runs, channels):
+            found.setdefault((group_runs != form.group_runs, (q_items, s_items) != (form.q_items, form.s_items)), cut)
+    return found[min(found)] if found else None
 
 
 def decode_shapes(form: Form, tokens: int) -> list[Shape]:
