@@ -229,7 +229,13 @@ def test_completion_chat_and_streaming(client, tokenizer):
 def test_the_example_of_a_client(client, options):
     command = [sys.executable, ROOT / "examples" / "chat.py", "--url", str(client.base_url), "--model", NAME, "--max-tokens", "16", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Paris" in done.stdout and "per second" in done.stderr
+    ask = {"model": NAME, "max_tokens": 16, "temperature": 0}
+    if options[0] == "--complete":
+        expected = client.completions.create(prompt=options[1], **ask).choices[0].text
+    else:
+        expected = client.chat.completions.create(messages=[{"role": "user", "content": options[0]}], **ask).choices[0].message.content
+    assert expected.strip() in done.stdout and len(expected.split()) > 1
+    assert "per second" in done.stderr
 
 
 def test_thirty_two_requests_at_once(client, prompts):
