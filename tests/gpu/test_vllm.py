@@ -106,7 +106,7 @@ def with_heads(heads, checkpoint, windows, folder):
 
 def job_of(case, checkpoint, windows):
     """What `vllm_run.py` is to do."""
-    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 3 << 30, **GRAPHS, **case.options}
+    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.03, "kv_cache_memory_bytes": 3 << 30, **GRAPHS, **case.options}
     if case.options.get("enforce_eager"):
         del options["compilation_config"]
     return {"folder": str(checkpoint), "options": options, "prompts": windows.tolist() * MANY, "new_tokens": NEW_TOKENS}
