@@ -341,6 +341,12 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # who sizes the cache is left alone
     given = serving.serve_command(tmp_path / "out", ["--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"])
     assert given[4:] == [str(tmp_path / "out"), "--max_model_len=64", "--dtype", "float32", "--served-model-name", "a", "b"]
+    (tmp_path / "options.yaml").write_text("max_model_len: 32\nport: 1\n")
+    filed = serving.serve_command(tmp_path / "out", ["--config", str(tmp_path / "options.yaml")])
+    assert "--max-model-len" not in filed and "--dtype" in filed  # vLLM lets the command line win over the file
+    (tmp_path / "options.yaml").write_text("- port\n")
+    with pytest.raises(ValueError, match="not YAML of names and values"):
+        serving.serve_command(tmp_path / "out", [f"--config={tmp_path / 'options.yaml'}"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, options, overlap in (
         ((9, 0), [], True),

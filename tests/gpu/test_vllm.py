@@ -1,7 +1,8 @@
 """vLLM on a CUDA GPU, with CUDA graphs and its compiler, against transformers on the same checkpoint.
 
 The environment variable ROSAQ_TEST_CHECKPOINT names the folder of a quantized model with its tokenizer. Perplexity is that of this
-repository's own pages and sources, in windows of 512 tokens; greedy tokens are compared as `tests/vllm/test_serving.py` does it.
+repository's own pages and sources, in windows of 512 tokens, and that of text which the model samples behind them, as decoding steps give it.
+Greedy tokens are compared as `tests/vllm/test_serving.py` does it. Where vLLM's cache has 8 bits, transformers' is rounded to them, too.
 Cases take little memory, so that several can run side by side on one GPU.
 """
 
@@ -11,11 +12,13 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from rosaq import Recipe, quantize
 from rosaq.engines.loading import load_model
@@ -24,15 +27,33 @@ from rosaq.engines.serving import vllm_installed
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW, WINDOWS, NEW_TOKENS = 512, 20, 64
-MANY = 3  # times that each prompt is asked where CUSTOM attends: few sequences at once it leaves to vLLM's kernel
-# type, KV cache, GPUs -> relative difference of perplexity, gap of logits below the largest, share of tokens that may be ties
+MANY = 3  # times that each prompt is asked: few sequences at once rosaq's attention leaves to vLLM's kernel
+GRAPHS = {"max_num_seqs": 64, "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 64]}}  # few, so that an engine starts soon
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of vLLM; the relative difference of perplexity, the gap of logits below the largest and the share of tokens that may be ties;
+    and the model's heads: "even" in number, or each with keys and values of its "own"."""
+
+    options: dict[str, Any]
+    perplexity: float = 0.005
+    gap: float = 0.25
+    ties: float = 0.05
+    heads: str = ""
+
+
+FP8 = dict(kv_cache_dtype="fp8")
+OURS = dict(dtype="float16", attention_backend="CUSTOM")
 CASES = {
-    "float16": (dict(dtype="float16"), 0.005, 0.25, 0.05),
-    "bfloat16": (dict(dtype="bfloat16"), 0.005, 1.0, 0.1),
-    "fp8-cache": (dict(dtype="bfloat16", kv_cache_dtype="fp8"), 0.05, 4.0, 0.3),
-    "eager": (dict(dtype="float16", enforce_eager=True), 0.005, 0.25, 0.05),
-    "our-attention": (dict(dtype="float16", attention_backend="CUSTOM", kv_cache_dtype="fp8"), 0.05, 4.0, 0.3),
-    "two-gpus": (dict(dtype="float16", tensor_parallel_size=2), 0.005, 0.25, 0.05),
+    "float16": Case(dict(dtype="float16")),
+    "bfloat16": Case(dict(dtype="bfloat16"), gap=1.0, ties=0.1),
+    "fp8-cache": Case(dict(dtype="bfloat16", **FP8), 0.05, 4.0, 0.3),
+    "eager": Case(dict(dtype="float16", enforce_eager=True)),
+    "our-attention": Case(OURS | FP8, gap=1.0, ties=0.1),
+    "our-attention-own-keys": Case(OURS | FP8, gap=1.0, ties=0.1, heads="own"),
+    "our-attention-16-bits": Case(OURS, heads="own"),
+    "two-gpus": Case(dict(dtype="float16", tensor_parallel_size=2), heads="even"),
 }
 
 
@@ -44,8 +65,7 @@ def checkpoint():
     return Path(folder)
 
 
-@pytest.fixture(scope="module")
-def windows(checkpoint):
+def text_windows(checkpoint):
     files = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "src").rglob("*.py"))]
     text = "\n\n".join(file.read_text() for file in files)
     ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -53,58 +73,98 @@ def windows(checkpoint):
     return ids[: WINDOW * WINDOWS].view(WINDOWS, WINDOW)
 
 
-def with_even_heads(checkpoint, windows, folder):
-    """A checkpoint whose heads two GPUs can share: where the number is odd, one more key-value head whose outputs nobody reads."""
+def with_heads(heads, checkpoint, windows, folder):
+    """The checkpoint's model with other heads, which computes the same, quantized anew by its recipe.
+
+    "even": where the number is odd, one more key-value head whose outputs nobody reads, so that two GPUs can share them.
+    "own": each query head has a copy of its keys and values.
+    """
     model, tokenizer = load_model(str(checkpoint), "cpu", "float16", weights="dense")
     config, size = copy.deepcopy(model.config), model.config.head_dim
-    if config.num_key_value_heads % 2 == 0:
+    group, tensors = config.num_attention_heads // config.num_key_value_heads, model.state_dict()
+    if heads == "even" and config.num_key_value_heads % 2:
+        config.num_attention_heads, config.num_key_value_heads = config.num_attention_heads + group, config.num_key_value_heads + 1
+        for name, tensor in tensors.items():
+            for role, more in (("q_proj", group), ("k_proj", 1), ("v_proj", 1), ("o_proj", -group)):
+                if role in name:
+                    tensors[name] = torch.nn.functional.pad(tensor, [0, 0, 0, more * size] if more > 0 else [0, -more * size])
+    elif heads == "own" and group > 1:
+        for name, tensor in tensors.items():
+            if "k_proj" in name or "v_proj" in name:
+                tensors[name] = tensor.unflatten(0, (-1, size)).repeat_interleave(group, 0).flatten(0, 1)
+        config.num_key_value_heads = config.num_attention_heads
+    else:
         return checkpoint
     recipe = Recipe.from_dict(json.loads((checkpoint / "config.json").read_text())["quantization_config"]["recipe"])
-    group = config.num_attention_heads // config.num_key_value_heads
-    config.num_attention_heads, config.num_key_value_heads = config.num_attention_heads + group, config.num_key_value_heads + 1
-    tensors = model.state_dict()
-    for name, tensor in tensors.items():
-        for role, heads in (("q_proj", group), ("k_proj", 1), ("v_proj", 1), ("o_proj", -group)):
-            if role in name:
-                padding = [0, 0, 0, heads * size] if heads > 0 else [0, -heads * size]
-                tensors[name] = torch.nn.functional.pad(tensor, padding)
-    even = LlamaForCausalLM(config).half()
-    even.load_state_dict(tensors)
-    even.save_pretrained(folder / "even")
-    tokenizer.save_pretrained(folder / "even")
-    quantize(str(folder / "even"), folder / "even-rosaq", recipe, windows, "cuda")
-    return folder / "even-rosaq"
+    changed = LlamaForCausalLM(config).half()
+    changed.load_state_dict(tensors)
+    changed.save_pretrained(folder / heads)
+    tokenizer.save_pretrained(folder / heads)
+    quantize(str(folder / heads), folder / f"{heads}-rosaq", recipe, windows, "cuda")
+    return folder / f"{heads}-rosaq"
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_perplexity_and_greedy_tokens_equal_transformers(checkpoint, windows, case, tmp_path):
-    options, tolerance, gap, ties = CASES[case]
-    ranks = options.get("tensor_parallel_size", 1)
-    if torch.cuda.device_count() < ranks:
-        pytest.skip("needs two GPUs")
-    if ranks > 1:
-        checkpoint = with_even_heads(checkpoint, windows, tmp_path)
-    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, **options}
-    prompts = windows.tolist() * (MANY if "attention_backend" in options else 1)
-    job = {"folder": str(checkpoint), "options": options, "prompts": prompts, "new_tokens": NEW_TOKENS}
-    (tmp_path / "job").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("vllm_run.py"), tmp_path / "job", tmp_path / "result"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found = json.loads((tmp_path / "result").read_text())[:WINDOWS]
-    generated = torch.tensor([entry["tokens"] for entry in found])
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, options["dtype"]), device_map="cuda").eval()
-    nll, below = 0.0, []
-    for prompt, tokens in zip(windows, generated, strict=True):
+def job_of(case, checkpoint, windows):
+    """What `vllm_run.py` is to do."""
+    options = {"max_model_len": WINDOW + NEW_TOKENS, "gpu_memory_utilization": 0.03, "kv_cache_memory_bytes": 3 << 30, **GRAPHS, **case.options}
+    if case.options.get("enforce_eager"):
+        del options["compilation_config"]
+    return {"folder": str(checkpoint), "options": options, "prompts": windows.tolist() * MANY, "new_tokens": NEW_TOKENS}
+
+
+class EightBits(DynamicCache):
+    """Keys and values rounded to float8_e4m3fn, as vLLM stores them."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        rounded = (states.clamp(-448, 448).to(torch.float8_e4m3fn).to(states.dtype) for states in (key_states, value_states))
+        return super().update(*rounded, *args, **kwargs)
+
+
+def check(name, case, checkpoint, windows, found):
+    """Hold vLLM's answers to transformers'."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, case.options["dtype"]), device_map="cuda").eval()
+
+    def logits_after(prompt, tokens):
+        cache = EightBits() if case.options.get("kv_cache_dtype") == "fp8" else None
         with torch.inference_mode():
-            logits = model(torch.cat([prompt, tokens])[None].cuda()).logits[0, :-1].float().cpu()
-        nll += float(torch.nn.functional.cross_entropy(logits[: WINDOW - 1], prompt[1:], reduction="sum"))
-        answers = logits[WINDOW - 1 :]
-        below += (answers.max(-1).values - answers.gather(1, tokens[:, None])[:, 0])[answers.argmax(-1) != tokens].tolist()
-    count = WINDOWS * (WINDOW - 1)
-    served, expected = math.exp(sum(entry["nll"] for entry in found) / count), math.exp(nll / count)
-    print(f"{case}: perplexity {served:.4f} served, {expected:.4f} in transformers; {len(below)} of {generated.numel()} tokens differ, by up to "
-          f"{max(below, default=0.0):.3f}")  # fmt: skip
-    assert abs(served / expected - 1) < tolerance
-    assert len(below) <= ties * generated.numel() and max(below, default=0.0) < gap
+            return model(torch.cat([prompt, tokens])[None].cuda(), past_key_values=cache).logits[0, :-1].float()
+
+    def nll(logits, tokens):
+        return float(torch.nn.functional.cross_entropy(logits, tokens.to(logits.device), reduction="sum"))
+
+    text, sampled, below, count = 0.0, 0.0, [], 0
+    for index, (prompt, entry) in enumerate(zip(windows.repeat(MANY, 1), found, strict=True)):
+        tokens = torch.tensor(entry["sampled"])
+        logits = logits_after(prompt, tokens)
+        sampled += nll(logits[WINDOW - 1 :], tokens)
+        text += nll(logits[: WINDOW - 1], prompt[1:])
+        if index < WINDOWS:
+            tokens = torch.tensor(entry["tokens"])
+            answers, count = logits_after(prompt, tokens)[WINDOW - 1 :].cpu(), count + len(tokens)
+            below += (answers.max(-1).values - answers.gather(1, tokens[:, None])[:, 0])[answers.argmax(-1) != tokens].tolist()
+    served = math.exp(sum(entry["nll"] for entry in found) / (len(found) * (WINDOW - 1)))
+    decoded = math.exp(sum(entry["sampled_nll"] for entry in found) / (len(found) * NEW_TOKENS))
+    expected, expected_decoded = math.exp(text / (len(found) * (WINDOW - 1))), math.exp(sampled / (len(found) * NEW_TOKENS))
+    print(f"{name}: perplexity {served:.4f} served, {expected:.4f} in transformers; of sampled text {decoded:.4f} decoding, {expected_decoded:.4f}; "
+          f"{len(below)} of {count} tokens differ, by up to {max(below, default=0.0):.3f}", flush=True)  # fmt: skip
+    assert abs(served / expected - 1) < case.perplexity
+    assert abs(decoded / expected_decoded - 1) < case.perplexity
+    assert len(below) <= case.ties * count and max(below, default=0.0) < case.gap
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_perplexity_and_greedy_tokens_equal_transformers(checkpoint, name, tmp_path):
+    case, windows = CASES[name], text_windows(checkpoint)
+    if torch.cuda.device_count() < case.options.get("tensor_parallel_size", 1):
+        pytest.skip("needs two GPUs")
+    if case.heads:
+        checkpoint = with_heads(case.heads, checkpoint, windows, tmp_path)
+    (tmp_path / "job").write_text(json.dumps(job_of(case, checkpoint, windows)))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("vllm_run.py"), tmp_path / "job", tmp_path / "result"], capture_output=True, text=True,
+        env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path / "vllm"), "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    check(name, case, checkpoint, windows, json.loads((tmp_path / "result").read_text()))
+    ours = "attention_backend" in case.options
+    assert bool([*tmp_path.rglob("attend_*.cubin")]) == ours  # Triton compiled rosaq's kernel, so it ran

@@ -17,7 +17,7 @@ def layer_attention(**changes):
     return RosaqAttentionBackend.get_impl_cls()(**(arguments | changes))
 
 
-def attended(monkeypatch, attention, cache_dtype=torch.float16, sequences=40, **changes):
+def attended(monkeypatch, attention, cache=None, sequences=40, **changes):
     """Who computed a step of one token a sequence: "ours" with what it was given, or "vLLM's"."""
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
@@ -32,7 +32,7 @@ def attended(monkeypatch, attention, cache_dtype=torch.float16, sequences=40, **
         q,
         None,
         None,
-        torch.zeros(2, 2, 16, 8, 64, dtype=cache_dtype),
+        torch.zeros(2, 2, 16, 8, 64, dtype=torch.float16) if cache is None else cache,
         SimpleNamespace(**(step | dict(mm_prefix_range_tensor=None) | changes)),
         torch.empty_like(q),
     )
@@ -45,7 +45,16 @@ def test_many_decoding_sequences_are_ours(monkeypatch):
     assert len(q) == len(out) == len(lengths) == 40 and (table, scale, scales) == ("table", 0.125, ["k", "v"]) and cache.dtype == torch.float16
     grouped = layer_attention(num_kv_heads=2, kv_cache_dtype="fp8")
     assert not grouped.supports_quant_query_input
-    assert attended(monkeypatch, grouped, torch.uint8)[2].dtype == torch.float8_e4m3fn
+    assert attended(monkeypatch, grouped, torch.zeros(2, 2, 16, 2, 64, dtype=torch.uint8))[2].dtype == torch.float8_e4m3fn
+
+
+def test_the_cache_has_one_of_two_layouts(monkeypatch):
+    """Since 0.24 a head's tokens come first, each token's value behind its key."""
+    attention, later = layer_attention(), torch.randn(3, 8, 16, 128, dtype=torch.float16)
+    _, _, cache, *_ = attended(monkeypatch, attention, later)
+    assert cache.shape == (3, 2, 16, 8, 64) and cache.stride(4) == 1 and cache[2, 1, 5, 7, 3] == later[2, 7, 5, 64 + 3]
+    with pytest.raises(ValueError, match=r"KV cache of shape \(2, 3, 16, 8, 64\)"):
+        attended(monkeypatch, attention, torch.zeros(2, 3, 16, 8, 64, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from transformers import AutoConfig
 
 from rosaq.checkpoint import is_checkpoint, verify
@@ -24,12 +26,12 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
 
     Args:
         checkpoint: folder.
-        options: vLLM's, passed on as they are; where they do not say, the type is the checkpoint's (bfloat16 on the CPU), the context the model's
-            up to 8192 tokens, the model is served under its folder's name, on the CPU it takes half of the free memory, and on Hopper
-            compiled kernels overlap.
+        options: vLLM's, passed on as they are; where neither they nor their `--config` file say, the type is the checkpoint's (bfloat16 on the
+            CPU), the context the model's up to 8192 tokens, the model is served under its folder's name, on the CPU it takes half of the
+            free memory, and on Hopper compiled kernels overlap.
 
     Raises:
-        ValueError: vLLM is not installed, or the folder is no rosaq checkpoint.
+        ValueError: vLLM is not installed, the folder is no rosaq checkpoint, or the `--config` file is no YAML of names and values.
     """
     folder = Path(checkpoint)
     if not folder.is_dir() or not is_checkpoint(folder):
@@ -43,7 +45,7 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
         "--max-model-len": str(min(config.max_position_embeddings, CONTEXT)),
         "--served-model-name": folder.resolve().name,
     }
-    given = {option.partition("=")[0].partition(".")[0].replace("_", "-") for option in options}
+    given = given_options(options)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) and "-cc" not in given:
         defaults["--compilation-config"] = OVERLAP
     if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--kv-cache-memory-bytes" not in given:
@@ -53,6 +55,23 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
         if name not in given:
             command += [name, value]
     return command + list(options)
+
+
+def given_options(options: Sequence[str]) -> dict[str, str]:
+    """What vLLM's options are set to, by the arguments and by the file that `--config` names; names with "-" for "_", without what follows a dot."""
+    given = {}
+    for option, following in pairwise([*options, ""]):
+        name, joined, value = option.partition("=")
+        if name.startswith("-"):
+            given[name.partition(".")[0].replace("_", "-")] = value if joined else following
+    file = Path(given.get("--config", ""))
+    if not file.is_file():
+        return given
+    try:
+        stored = dict(yaml.safe_load(file.read_text()) or {})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not YAML of names and values, which vLLM's --config takes") from error
+    return {f"--{name}".replace("_", "-"): str(value) for name, value in stored.items()} | given
 
 
 def vllm_installed() -> bool:

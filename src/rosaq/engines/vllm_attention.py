@@ -2,7 +2,7 @@
 
 A step in which each of many sequences has one token goes to `kernels/attention.py`, which reads an FP8 cache twice as fast as vLLM's kernels do.
 Prompts, mixed steps and what that kernel does not compute (windows, soft caps, ALiBi, sinks, other types of cache) go to vLLM's own, as do
-few sequences, which vLLM splits over the GPU. Any model can be served with it. Written for vLLM 0.24.
+few sequences, which vLLM splits over the GPU. Any model can be served with it. Written for vLLM 0.24; the layout of 0.32's cache is known, too.
 """
 
 from typing import Any, ClassVar
@@ -48,7 +48,24 @@ class RosaqAttentionImpl(TritonAttentionImpl):
             and step.num_actual_tokens == step.seq_lens.shape[0]
             and step.num_actual_tokens > step.seq_threshold_3D
             and step.mm_prefix_range_tensor is None
+            and getattr(step, "rswa_window", None) is None  # since 0.24
         )
+
+    def cache(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The cache as (pages, 2, tokens of a page, key-value heads, head size): as vLLM 0.24 has it, or heads first and values beside keys.
+
+        Raises:
+            ValueError: it has another form, which a later vLLM may give it.
+        """
+        size = self.head_size
+        paged = kv_cache.view(torch.float8_e4m3fn) if self.fp8 else kv_cache
+        if paged.dim() == 4 and paged.shape[3] == 2 * size:
+            paged = paged.unflatten(3, (2, size)).permute(0, 3, 2, 1, 4)
+        if paged.dim() != 5 or paged.shape[1] != 2 or paged.shape[3:] != (self.num_kv_heads, size):
+            raise ValueError(
+                f"a KV cache of shape {tuple(kv_cache.shape)}, which rosaq's attention (--attention-backend CUSTOM) does not know; name another"
+            )
+        return paged
 
     def forward(  # noqa: PLR0913  (vLLM's arguments)
         self,
@@ -69,8 +86,7 @@ class RosaqAttentionImpl(TritonAttentionImpl):
         from rosaq.kernels.attention import attend  # noqa: PLC0415  (Triton's)
 
         tokens, step = attn_metadata.num_actual_tokens, attn_metadata
-        cache = kv_cache.view(torch.float8_e4m3fn) if self.fp8 else kv_cache
-        attend(query[:tokens], output[:tokens], cache, step.block_table, step.seq_lens, self.scale, layer._k_scale, layer._v_scale)
+        attend(query[:tokens], output[:tokens], self.cache(kv_cache), step.block_table, step.seq_lens, self.scale, layer._k_scale, layer._v_scale)
         return output
 
 
