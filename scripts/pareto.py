@@ -14,10 +14,10 @@ from pathlib import Path
 from rosaq.comparison import pareto
 from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, Table, shown
 
-BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0, "INT3/4": 0}  # the last one in tables of before
+BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0}
 PARTS = (" spread", " standard error", " seeds")
 MOST_BITS = 6.0  # rows of more are left out of the picture
-BUDGETS = (2.35, 2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
+BUDGETS = (2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
 TRAINED = "distilled"  # in the names of our recipes that train
 
 
