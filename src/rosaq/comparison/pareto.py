@@ -99,7 +99,7 @@ def plot(table: Table) -> Any:
     for ticks in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
         ticks("{x:.0f}")
     first.set_title(table.title)
-    first.legend(fontsize="x-small", ncols=2)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small", ncols=4)
     return figure
 
 
