@@ -99,7 +99,7 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
         weights: dict[int, torch.Tensor] = {}  # by salient channels
         weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         weight_NK = weight_NK[:: -(-len(weight_NK) // ROWS)]
-        options = []
+        losses = []
         for form in forms:
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
@@ -107,9 +107,9 @@ def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[s
             if form.salient not in weights:
                 weights[form.salient] = channel_weights(moment_KK, stacked, recipe.rounding == "gptq")
             loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse", recipe.rounding == "gptq")
-            loss /= 2 * len(weight_NK)
-            options.append(Option(form, site_bits(recipe, a, site, form), loss))
-        found.append(options)
+            losses.append(loss / (2 * len(weight_NK)))
+        sizes = [site_bits(recipe, a, site, form) for form in forms]
+        found.append([Option(*option) for option in zip(forms, sizes, torch.stack(losses).tolist(), strict=True)])
     return found
 
 

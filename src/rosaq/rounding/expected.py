@@ -13,7 +13,7 @@ import torch
 
 from rosaq.layout import LinearLayout
 from rosaq.rounding.clipping import fit_shrunk_grid
-from rosaq.rounding.gptq import inverse_factor
+from rosaq.rounding.gptq import conditional_variances
 from rosaq.rounding.grid import fit_grid, grouped, to_codes
 
 
@@ -24,16 +24,17 @@ def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: boo
     """
     if not feedback:
         return moment_KK.diagonal().double()
-    order_K = torch.cat([layout.quantized_columns(), layout.salient_columns()]).to(moment_KK.device)
-    weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=moment_KK.device)
-    weights_K[order_K] = inverse_factor(moment_KK[order_K][:, order_K]).diagonal().pow(-2)
+    device = moment_KK.device
+    order_K = torch.cat([layout.quantized_columns(device), layout.salient_columns(device)])
+    weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=device)
+    weights_K[order_K] = conditional_variances(moment_KK[order_K][:, order_K])
     return weights_K
 
 
 def expected_loss(
     weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torch.Tensor, moment_KK: torch.Tensor, searched: bool = False, feedback: bool = False
-) -> float:
-    """Expected tr(dW M dW^T) of a weight stored in a form.
+) -> torch.Tensor:
+    """Expected tr(dW M dW^T) of a weight stored in a form, float64 on its device.
 
     Args:
         weight_NK: the weight, in the order of the stored channels.
@@ -44,7 +45,7 @@ def expected_loss(
             themselves are taken.
         feedback: rounding is GPTQ's.
     """
-    columns, groups = layout.quantized_columns().to(weight_NK.device), layout.column_groups().to(weight_NK.device)
+    columns, groups = layout.quantized_columns(weight_NK.device), layout.column_groups(weight_NK.device)
     weight_NGC = grouped(weight_NK[:, columns], layout)
     if searched:
         counts_GC = grouped(weights_K[columns][None], layout)[0]
@@ -59,7 +60,7 @@ def expected_loss(
     if feedback:
         total = total * (1 + error / weight_NGC.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny))
     if layout.salient and layout.salient_bits == 8:
-        columns = layout.salient_columns().to(weight_NK.device)
+        columns = layout.salient_columns(weight_NK.device)
         step_N = weight_NK[:, columns].abs().amax(1).double() / 127
         total = total + step_N.square().sum() / 12 * moment_KK.diagonal()[columns].double().sum()
-    return float(total)
+    return total
