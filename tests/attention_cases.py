@@ -1,6 +1,7 @@
-"""Decoding steps over paged caches, and what `rosaq.kernels.attention` should make of them in float64."""
+"""Decoding steps over paged caches, what `rosaq.kernels.attention` should make of them in float64, and what it takes to run it without a GPU."""
 
 import torch
+from transformers import DynamicCache
 
 FP8 = torch.float8_e4m3fn
 # query heads, key-value heads, head size, type, type of the cache, tokens of a page, heads before tokens
@@ -45,3 +46,24 @@ def check(case, out, expected):
     error = (out.double().cpu() - expected).norm() / expected.norm()
     assert error < (2e-3 if out.dtype == torch.float16 else 1.2e-2), (case, float(error))
     assert not out[LENGTHS.index(0)].any()
+
+
+def interpret():
+    """Let Triton's interpreter run the kernels: numpy 2.4 makes no int of an array of one element, which the bound of a loop is there."""
+    import triton.runtime.interpreter as interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+class EightBits(DynamicCache):
+    """Keys and values of transformers' models rounded to 8 bits, as vLLM's FP8 cache without scales stores them."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        rounded = (states.clamp(-448, 448).to(FP8).to(states.dtype) for states in (key_states, value_states))
+        return super().update(*rounded, *args, **kwargs)

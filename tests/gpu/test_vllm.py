@@ -18,11 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rosaq import Recipe, quantize
 from rosaq.engines.loading import load_model
 from rosaq.engines.serving import vllm_installed
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from attention_cases import EightBits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,14 +114,6 @@ def job_of(case, checkpoint, windows):
     if case.options.get("enforce_eager"):
         del options["compilation_config"]
     return {"folder": str(checkpoint), "options": options, "prompts": windows.tolist() * MANY, "new_tokens": NEW_TOKENS}
-
-
-class EightBits(DynamicCache):
-    """Keys and values rounded to float8_e4m3fn, as vLLM stores them."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        rounded = (states.clamp(-448, 448).to(torch.float8_e4m3fn).to(states.dtype) for states in (key_states, value_states))
-        return super().update(*rounded, *args, **kwargs)
 
 
 def check(name, case, checkpoint, windows, found):
