@@ -4,7 +4,8 @@ Usage: python scripts/pareto.py OUT "TITLE" TABLE.csv ...
 
 Each file is a `table.csv` of `rosaq compare`, or one with at least its columns bits, method, bits/weight and WikiText-2 PPL;
 a method at the same bits that an earlier file has is left out of a later one. Writes OUT.md and OUT.svg. OUT.md says, too, whether the
-best of our recipes at several budgets, with training and without, is better than the best of the others by more than the spread over seeds.
+best of our recipes at several budgets, with training and without, is better than the best of the others by more than the spread over seeds;
+what the picture leaves out, at more than three times the original's perplexity, does not count there.
 """
 
 import csv
@@ -14,10 +15,10 @@ from pathlib import Path
 from rosaq.comparison import pareto
 from rosaq.comparison.table import BITS_COLUMN, PERPLEXITY_COLUMN, Figure, Row, Table, shown
 
-BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0, "INT3/4": 0}  # the last one in tables of before
+BITS = {"FP16": 16, "INT4": 4, "INT3": 3, "INT2": 2, "INT2-4": 0}
 PARTS = (" spread", " standard error", " seeds")
 MOST_BITS = 6.0  # rows of more are left out of the picture
-BUDGETS = (2.35, 2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
+BUDGETS = (2.5, 2.8, 3.0, 3.2, 3.35, 3.4, 3.65, 3.9, 4.05, 4.2, 4.35, 4.5, 4.65, 5.0)
 TRAINED = "distilled"  # in the names of our recipes that train
 
 
@@ -45,7 +46,7 @@ def best(points: list[pareto.Point], budget: float) -> pareto.Point | None:
 def verdict(ours: pareto.Point | None, others: pareto.Point | None) -> str:
     """Whether ours is better by more than the spread over seeds, the larger one of the two."""
     if ours is None or others is None:
-        return "no, none of ours is as small" if ours is None else "yes, no other is as small"
+        return "no, none of ours" if ours is None else "yes, none of the others"
     spread = max(point.perplexity.spread or 0.0 for point in (ours, others))
     gap = others.perplexity.value - ours.perplexity.value
     if abs(gap) <= spread:
@@ -69,8 +70,9 @@ def budget_lines(ours: list[pareto.Point], others: list[pareto.Point]) -> list[s
     return lines
 
 
-def budget_text(found: list[pareto.Point]) -> str:
-    """The tables of all our recipes and of those that do not train."""
+def budget_text(table: Table) -> str:
+    """The tables of all our recipes and of those that do not train; a method that is not drawn is none."""
+    found = pareto.drawn(table)
     ours, others = ([point for point in found if point.row.method.startswith(pareto.OWN) == own] for own in (True, False))
     untrained = [point for point in ours if TRAINED not in point.row.method]
     parts = {"By budget": ours, "By budget, ours without training": untrained}
@@ -85,7 +87,7 @@ def main(output: str, title: str, *files: str) -> None:
             rows.setdefault((row.bits, row.method), row)
     columns = list({column: None for row in rows.values() for column in row.figures})
     table = Table(title, columns, list(rows.values()), [])
-    Path(f"{output}.md").write_text(pareto.markdown(table) + "\n" + budget_text(pareto.points(table)), encoding="utf-8")
+    Path(f"{output}.md").write_text(pareto.markdown(table) + "\n" + budget_text(table), encoding="utf-8")
     few = [row for row in table.rows if row.bits == 16 or row.figures[BITS_COLUMN].value <= MOST_BITS]
     pareto.plot(Table(title, columns, few, [])).savefig(f"{output}.svg")
 

@@ -20,7 +20,7 @@ from rosaq.linear import RosaqLinear
 from rosaq.moments import Flow, collect_moments
 from rosaq.plan import make_plan, site_options
 from rosaq.recipe import Recipe, SiteForm
-from rosaq.rounding.expected import channel_weights, expected_loss
+from rosaq.rounding.expected import expected_loss, split
 from rosaq.rounding.linear import Rounding, quantize_linear
 from rosaq.sensitivity import SEGMENT, token_weights
 from rosaq.skeleton import full_model
@@ -71,7 +71,7 @@ def test_the_expected_loss_is_that_of_rounding(feedback, bits, clipping):
     stored = quantize_linear(weight, layout, moment_KK=moment, rounding=Rounding(gptq=feedback, clipping=clipping))
     error = dequantize(layout, stored) - weight
     measured = float(((error @ moment) * error).sum())
-    expected = expected_loss(weight, layout, channel_weights(moment, layout, feedback), moment, clipping == "mse", feedback)
+    expected = expected_loss(split(weight, layout, moment, feedback), layout, clipping == "mse", feedback)
     assert expected == pytest.approx(measured, rel=0.3)
 
 

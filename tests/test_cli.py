@@ -170,6 +170,17 @@ def test_activations_that_overflow_name_the_block(cli, text_file, tmp_path):
     refused(result, "decoder block 1, inputs of mlp.down_proj", "NaN or Inf")
 
 
+def test_weights_that_no_scale_spans_name_the_block(cli, text_file, tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e9)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for recipe, where in (("awq", "decoder block 1: "), ("rtn", "model.layers.1.mlp.down_proj: ")):
+        result = cli("quantize", tmp_path / "model", "-o", tmp_path / recipe, "--calibration", text_file, *SIZES, "--recipe", recipe)
+        refused(result, f"{where}a group of weights spans", "more than an FP16 scale of a 4-bit grid can hold")
+
+
 def test_bad_calibration(cli, saved, tmp_path):
     original = saved("llama")
 
@@ -201,13 +212,16 @@ def test_bad_options(cli, saved, text_file, tmp_path):
     (tmp_path / "r.toml").write_text("name = \n")
     refused(quantize("--recipe", tmp_path / "r.toml"), "r.toml", "not a TOML file")
     refused(quantize("--bits", 5), "bits is 5; allowed are (2, 3, 4)")
-    refused(quantize("--target-bits", 1), "target_bits is 1", "this model can have 2.")
+    for target in ("1", "17", "nan"):
+        refused(quantize("--target-bits", target), f"target_bits is {target}", "this model can have 2.")
     refused(quantize("--salient", 48), "salient is 48", "allowed are 0 to 47")
     refused(quantize("--salient-per-head", 16), "salient_per_head is 16", "allowed are 0 to 15")
     refused(quantize("--group-size", 20), "group_size is 20", "multiple of 16")
     refused(quantize("--device", "cuda:77"), "device 'cuda:77'")
     refused(quantize("--device", "tpu"), "device 'tpu'; allowed are auto, cpu, cuda")
     refused(quantize("-o", tmp_path / ("x" * 300)), "File name too long")
+    refused(quantize("-o", "/proc/x"), "/proc/.x.partial: cannot be written: No such file or directory\n")
+    refused(cli("compare", original, "-o", tmp_path / "out", "--recipes", "rtn@x"), "--recipes 'rtn@x': the target behind @ is 'x'; it must be")
     assert not list(tmp_path.glob("*xx*"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("")

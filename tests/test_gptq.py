@@ -13,7 +13,9 @@ from rosaq import Calibration, load_recipe, quantize
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
 from rosaq.packing import unpack
+from rosaq.rounding.gptq import conditional_variances, inverse_factor
 from rosaq.rounding.linear import NEAREST, Rounding, quantize_linear, quantize_stacked
+from rosaq.rounding.refinement import _fit_scales
 
 GPTQ, ACT_ORDER = Rounding(gptq=True), Rounding(gptq=True, act_order=True)
 
@@ -138,6 +140,33 @@ def test_refinement_lowers_the_loss(blocks, salient, group, act_order):
     moment, weight = x.T @ x / len(x), torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
     found = [loss(weight, layout, moment, Rounding(gptq=True, act_order=act_order, refinement=sweeps)) for sweeps in (0, 1, 3)]
     assert found[1] < 0.95 * found[0] and found[2] <= found[1]
+
+
+def test_fitted_scales_are_those_of_least_squares():
+    """Each row's scales lose least with its codes: (w - C s) M (w - C s) by its normal equations, solved in float64."""
+    layout, x = LinearLayout(6, 96, 4, 16, blocks=2, salient=8), correlated(2000, 96).double()
+    columns, groups = layout.quantized_columns(), layout.column_groups()
+    moment = (x.T @ x / len(x))[columns][:, columns]
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(6, len(columns), generator=generator, dtype=torch.float64)
+    before = torch.full((6, layout.groups), 0.3, dtype=torch.float64)
+    steps = torch.round(weight / 0.3).clamp(-7, 7)
+    found = _fit_scales(weight, moment, steps, before, layout)
+    root = torch.linalg.cholesky(moment).T
+    for row in range(6):
+        parts = torch.nn.functional.one_hot(groups, layout.groups) * steps[row][:, None]
+        wanted = torch.linalg.lstsq(root @ parts, (root @ weight[row])[:, None]).solution[:, 0]
+        wanted = torch.where((wanted > 0.15) & (wanted < 0.6), wanted, 0.3)
+        assert torch.allclose(found[row], wanted, rtol=1e-3)  # as FP16 holds them
+
+
+def test_conditional_variances_are_those_of_the_inverse():
+    """The diagonal of the factor that GPTQ uses, and by hand: the last channel has none behind it."""
+    x = correlated(500, 48)
+    moment = x.T @ x / len(x)
+    found = conditional_variances(moment)
+    assert torch.allclose(found, inverse_factor(moment).diagonal().pow(-2), rtol=1e-12)
+    assert float(found[-1]) == pytest.approx(float(moment[-1, -1] + 0.01 * moment.diagonal().mean()), rel=1e-6)
 
 
 def test_no_single_code_is_better_after_refinement():

@@ -1,5 +1,7 @@
 """The grid per group: nearest codes, groups and heads that do not mix, widths that the group size does not divide."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,14 @@ def test_last_group_is_shorter_where_the_width_does_not_divide(width, group, las
     assert torch.equal(ungrouped(grouped(w, layout), layout), w)
     one = w[:, -last:]  # the last group is rounded as if it stood alone
     assert torch.equal(round_to_nearest(w, layout)[:, -last:], round_to_nearest(one, LinearLayout(4, last, 4, last)))
+
+
+@pytest.mark.parametrize("form", [dict(), dict(salient=24), dict(blocks=4, salient=4), dict(blocks=4, group_size=20)])
+def test_slices_of_groups_are_the_groups_in_order(form):
+    layout = LinearLayout(4, 96, 4, **{"group_size": 32, **form})
+    owners = [group for group, own in enumerate(layout.group_slices()) for _ in range(own.start, own.stop)]
+    assert owners == layout.column_groups().tolist() and len(layout.group_slices()) == layout.groups
+    assert layout.group_slices()[0].start == 0 and all(a.stop == b.start for a, b in pairwise(layout.group_slices()))
 
 
 def test_order_puts_salient_columns_first_and_is_undone():

@@ -72,6 +72,33 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert load_recipe(str(tmp_path / "mine.toml")) == Recipe("mine", bits=3, salient=32, salient_bits=8)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "mine"\nbits = 5\n', "{file}: recipe 'mine': bits is 5; allowed are (2, 3, 4)"),
+        ('name = "mine"\nact_order = true\n', "{file}: recipe 'mine': act_order is an order of GPTQ's rounding; it needs rounding 'gptq'"),
+        ("name = 3\n", "{file}: recipe 3: name is 3; it must be of type str"),
+        ("bits = 4\n", "{file}: the key 'name' is missing"),
+        ('name = "mine"\nbit = 4\n', f"{{file}}: unknown key 'bit'; known are {', '.join(field.name for field in dataclasses.fields(Recipe))}"),
+    ],
+)
+def test_a_recipe_file_that_is_refused_is_named(text, message, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        load_recipe(str(file))
+    assert str(refused.value) == message.format(file=file)
+
+
+def test_a_refused_mapping_is_named_only_where_it_has_a_name():
+    for origin, at, key in (("config.json", "config.json: ", "config.json"), ("", "", "recipe")):
+        with pytest.raises(ValueError) as value:
+            Recipe.from_dict({"name": "x", "seed": -1}, origin)
+        assert str(value.value) == f"{at}recipe 'x': seed is -1; it must be 0 or more"
+        with pytest.raises(ValueError, match=f"^{key}: the key 'name' is missing$"):
+            Recipe.from_dict({}, origin)
+
+
 @given(st.dictionaries(st.text(max_size=12), st.one_of(st.integers(), st.text(max_size=5), st.none(), st.lists(st.integers()))))
 def test_any_mapping_is_a_recipe_or_one_sentence(values):
     try:

@@ -1,10 +1,11 @@
 """The folder of a comparison, whatever stands in it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from rosaq import Calibration, load_recipe, open_source
+from rosaq import Calibration, load_recipe, open_source, quantize
 from rosaq.comparison.experiment import Experiment, sized
 from rosaq.comparison.results import Results
 from rosaq.comparison.run import compare
@@ -76,3 +77,23 @@ def test_a_comparison_does_not_go_on_from_a_damaged_cell(path, wrong, words, exp
     file.write_text(json.dumps(changed(json.loads(file.read_text()), path, wrong)))
     with pytest.raises(ValueError, match=rf"seed0.json: {words}"):
         compare(experiment, tmp_path / "out", ("cpu",))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("recipe",), "absent", "quantization_config: the key 'recipe' is missing"),
+        (("recipe",), None, "quantization_config: recipe is None; it must be an object"),
+        (("recipe", "bits"), 5, r"quantization_config.recipe: recipe 'rtn': bits is 5; allowed are \(2, 3, 4\)"),
+        (("format_version",), 99, "quantization_config: checkpoint format 99; this rosaq reads format"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(path, value, words, experiment, text_file, tmp_path):
+    recipe, folder = sized(load_recipe("rtn"), 16), tmp_path / "ck"
+    quantize(experiment.model, folder, recipe, Calibration(str(text_file), 2, 32), "cpu")
+    wanted = replace(experiment, checkpoints=(folder,))
+    assert wanted.cells()[-1].recipe == recipe
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(changed(config, ("quantization_config", *path), value)))
+    with pytest.raises(ValueError, match=rf"ck/config.json: {words}"):
+        wanted.cells()

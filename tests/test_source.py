@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from huggingface_hub import snapshot_download
@@ -11,6 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from rosaq import Recipe, open_source, quantize
+from rosaq.gguf_file import GgufTensors
 from rosaq.safetensors_folder import SafetensorsFolder
 
 
@@ -23,6 +25,20 @@ def test_tensors_are_what_the_library_reads(tmp_path):
     assert set(read) == set(tensors) and len(read) == len(tensors) and "t9" not in read
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+
+
+def test_a_gguf_tensor_of_a_type_that_is_not_read_is_named(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("output_norm.weight", numpy.ones(32, numpy.float32))
+    writer.add_tensor("blk.0.ffn_norm.weight", numpy.ones(32, numpy.int8))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    tensors = GgufTensors(file, 1, 1)
+    assert torch.equal(tensors["model.norm.weight"], torch.ones(32))
+    with pytest.raises(ValueError, match=r"odd.gguf: tensor 'blk.0.ffn_norm.weight' is of type I8, which the package gguf cannot read"):
+        tensors["model.layers.0.post_attention_layernorm.weight"]
 
 
 def test_shards_and_a_second_copy_of_the_weights(saved):

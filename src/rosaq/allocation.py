@@ -21,7 +21,7 @@ from rosaq.job import Job, prepare
 from rosaq.moments import Flow, collect_moments
 from rosaq.plan import block_linears, site_bits, site_options
 from rosaq.recipe import SiteForm
-from rosaq.rounding.expected import channel_weights, expected_loss
+from rosaq.rounding.expected import expected_loss, split
 from rosaq.sensitivity import token_weights
 from rosaq.statistics import Statistics, compute_dtype
 
@@ -89,27 +89,26 @@ def _budget(job: Job) -> int:
 def _block_options(job: Job, index: int, statistics: Statistics, moments: dict[str, torch.Tensor]) -> list[list[Option]]:
     """The options of one block's sites."""
     recipe, a = job.recipe, job.source.architecture
-    given = moments if recipe.needs_moments else {}
+    given, feedback = moments if recipe.needs_moments else {}, recipe.rounding == "gptq"
     prepared = prepare(job, index, job.source.block(index, job.device), statistics.inputs[index], given)
     found = []
     for number, (site, forms) in enumerate(site_options(recipe).items()):
         moment_KK = prepared.moment(site, moments[site])
         order = prepared.orders[site].to(job.device) if site in prepared.orders else slice(None)
         moment_KK = moment_KK[order][:, order]
-        weights: dict[int, torch.Tensor] = {}  # by salient channels
         weight_NK = torch.cat([prepared.block[f"{LINEARS[role]}.weight"][:, order] for role in SITES[site]])
         weight_NK = weight_NK[:: -(-len(weight_NK) // ROWS)]
-        options = []
-        for form in forms:
+        losses: dict[SiteForm, torch.Tensor] = {}
+        parts = None  # of the weight, for one number of salient channels at a time
+        for form in sorted(forms, key=lambda form: form.salient):
             all_forms = [form if place == number else other for place, other in enumerate(recipe.site_forms(index))]
             linears = block_linears(recipe, a, frozenset(), all_forms)
             stacked = replace(linears[SITES[site][0]], out_features=len(weight_NK))
-            if form.salient not in weights:
-                weights[form.salient] = channel_weights(moment_KK, stacked, recipe.rounding == "gptq")
-            loss = expected_loss(weight_NK, stacked, weights[form.salient], moment_KK, recipe.clipping == "mse", recipe.rounding == "gptq")
-            loss /= 2 * len(weight_NK)
-            options.append(Option(form, site_bits(recipe, a, site, form), loss))
-        found.append(options)
+            if parts is None or parts.channels != form.salient:
+                parts = split(weight_NK, stacked, moment_KK, feedback)
+            losses[form] = expected_loss(parts, stacked, recipe.clipping == "mse", feedback) / (2 * len(weight_NK))
+        read = torch.stack([losses[form] for form in forms]).tolist()  # all at once: each waits for a GPU
+        found.append([Option(form, site_bits(recipe, a, site, form), loss) for form, loss in zip(forms, read, strict=True)])
     return found
 
 

@@ -73,9 +73,18 @@ class GgufTensors(Mapping[str, torch.Tensor]):
         raise ValueError(f"{self._path}: tensor {name!r} has no place in a supported architecture")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Read and dequantize one tensor."""
+        """Read and dequantize one tensor.
+
+        Raises:
+            ValueError: it is of a type that the package gguf does not dequantize; names both.
+        """
         tensor = self._tensors[name]
-        values = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        try:
+            values = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self._path}: tensor {tensor.name!r} is of type {tensor.tensor_type.name}, which the package gguf cannot read"
+            ) from error
         module = name.split(".", 3)[-1].rpartition(".")[0]
         if module in self._heads:
             halves = values.reshape(self._heads[module], -1, 2, *values.shape[1:])

@@ -94,8 +94,11 @@ def _learn(run: Run, statistics: Statistics) -> Learned:
 
 def prepare(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> PreparedBlock:
     """One decoder block in the basis that it is rounded in, float32; arguments as for `quantize_block`."""
-    exact = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}
-    return prepare_block(exact, inputs, job.recipe, job.source.architecture, job.bases.of_block(index), job.plan.blocks[index], moments)
+    exact, a = {name: tensor.to(job.device, torch.float32) for name, tensor in block.items()}, job.source.architecture
+    try:
+        return prepare_block(exact, inputs, job.recipe, a, job.bases.of_block(index), job.plan.blocks[index], moments)
+    except ValueError as error:
+        raise ValueError(f"decoder block {index}: {error}") from error
 
 
 def quantize_block(job: Job, index: int, block: Block, inputs: BlockInputs, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ the prefix of the rotated residual stream (Eq. 3).
 """
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -124,15 +125,22 @@ class LinearLayout:
                 total += torch.Size(shape).numel() * dtype.itemsize * 8
         return total
 
-    def salient_columns(self) -> torch.Tensor:
-        """Positions (B S,) of the salient channels among the K (ordered) input channels."""
-        return (torch.arange(self.blocks)[:, None] * self.block_size + torch.arange(self.salient)).flatten()
+    def salient_columns(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Positions (B S,) of the salient channels among the K (ordered) input channels, made on the device: a copy would have to wait for it."""
+        within = torch.arange(self.salient, device=device)
+        return (torch.arange(self.blocks, device=device)[:, None] * self.block_size + within).flatten()
 
-    def quantized_columns(self) -> torch.Tensor:
+    def quantized_columns(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions (B Q,) of the quantized channels among the K (ordered) input channels."""
-        return (torch.arange(self.blocks)[:, None] * self.block_size + torch.arange(self.salient, self.block_size)).flatten()
+        within = torch.arange(self.salient, self.block_size, device=device)
+        return (torch.arange(self.blocks, device=device)[:, None] * self.block_size + within).flatten()
 
-    def column_groups(self) -> torch.Tensor:
+    def column_groups(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Group (B Q,) that each quantized channel belongs to."""
-        within = torch.arange(self.quantized) // self.group_size
-        return (torch.arange(self.blocks)[:, None] * self.groups_per_block + within).flatten()
+        within = torch.arange(self.quantized, device=device) // self.group_size
+        return (torch.arange(self.blocks, device=device)[:, None] * self.groups_per_block + within).flatten()
+
+    def group_slices(self) -> list[slice]:
+        """Where each group lies among the quantized channels, in order."""
+        lengths = [min(self.group_size, self.quantized - start) for start in range(0, self.quantized, self.group_size)] * self.blocks
+        return [slice(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths), strict=True)]

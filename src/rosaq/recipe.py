@@ -262,20 +262,26 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> "Recipe":
+    def from_dict(cls, values: dict[str, Any], origin: str = "") -> "Recipe":
         """A recipe out of a mapping; an unknown key is an error that lists the known ones.
 
         Args:
             values: field names and values.
-            origin: what to call the mapping in an error, such as the file's path.
+            origin: what every error begins with, such as the file's path; "" for nothing.
+
+        Raises:
+            ValueError: an unknown key, no name, or what the recipe itself refuses.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"{origin}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+            raise ValueError(f"{origin or 'recipe'}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
         if "name" not in values:
-            raise ValueError(f"{origin}: the key 'name' is missing")
-        return cls(**values)
+            raise ValueError(f"{origin or 'recipe'}: the key 'name' is missing")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}" if origin else str(error)) from error
 
     def replace(self, **changes: Any) -> "Recipe":
         """This recipe with the fields that are not None changed."""

@@ -223,7 +223,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written: {error}") from error
+        raise ValueError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def flush(path: Path) -> None:

@@ -87,9 +87,10 @@ def _recipe(word: str) -> "Recipe":
     if not at:
         return recipe
     try:
-        return recipe.replace(name=f"{recipe.name}-{target}", target_bits=float(target))
-    except ValueError as error:
-        raise ValueError(f"--recipes {word!r}: {error}") from error
+        target_bits = float(target)
+    except ValueError:
+        raise ValueError(f"--recipes {word!r}: the target behind @ is {target!r}; it must be a number of bits per weight, such as 3.9") from None
+    return recipe.replace(name=f"{recipe.name}-{target}", target_bits=target_bits)
 
 
 def _write(output: Path, table: "Table") -> None:

@@ -26,7 +26,9 @@ def quantize(
     salient: Annotated[int | None, typer.Option(help="Channels of q, k, v, gate, up that stay precise.", show_default="recipe's")] = None,
     salient_per_head: Annotated[int | None, typer.Option(help="Channels of each head of o that stay precise.", show_default="recipe's")] = None,
     salient_down: Annotated[int | None, typer.Option(help="Channels of down that stay precise.", show_default="recipe's")] = None,
-    target_bits: Annotated[float | None, typer.Option(help="Bits per weight to stay under; they go where they count.", show_default="none")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits per weight to stay under, all that is stored counted: each layer gets 2, 3 or 4.", show_default="none")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="pile, c4, wikitext2 (hub), self (sampled from the model), or a .txt/.jsonl file.")] = "pile",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,

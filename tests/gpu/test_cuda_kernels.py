@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosaq import kernels
-from rosaq.benchmark.kernels import random_tensors
+from rosaq.benchmark.kernels import llama2_7b, llama3_8b, random_tensors
 from rosaq.kernels import build, cuda, reference, shapes, stream
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
@@ -80,6 +80,21 @@ def test_many_ways_to_cut_a_launch_give_the_same_product(layout: LinearLayout, t
         y = torch.full((tokens, 400), float("nan"), device="cuda", dtype=torch.float16)
         cuda.launch(x, y, prepared.weights, prepared.form, shape)
         assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[torch.float16], shape
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", [*llama2_7b(), "llama3 down"])
+@pytest.mark.parametrize(("bits", "group_size"), list(itertools.product((2, 3, 4), (32, 64))))
+def test_small_groups_at_sizes_whose_cuts_were_measured_with_groups_of_128(bits: int, group_size: int, name: str, dtype: torch.dtype) -> None:
+    layout = {**llama2_7b(bits, group_size), **llama3_8b(bits, group_size)}[name]
+    tensors = random_tensors(layout, "cuda")
+    prepared = cuda.prepare(layout, tensors, dtype)
+    weight = reference.dequantize(layout, tensors, torch.float64)
+    for tokens in (1, 8, 16, 32, 64, 128):
+        x = torch.randn(tokens, layout.in_features, device="cuda").to(dtype)
+        torch.full((tokens, layout.out_features), float("nan"), device="cuda", dtype=dtype)
+        expected = x.double() @ weight.T
+        assert (cuda.run(x, prepared).double() - expected).norm() / expected.norm() < TOLERANCE[dtype], tokens
 
 
 def layer_of(layout: LinearLayout, device: str = "cuda") -> RosaqLinear:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rosaq.calibration import Calibration
 from rosaq.checkpoint import is_checkpoint
+from rosaq.engines.transformers import RosaqConfig
 from rosaq.evaluation.perplexity import WIKITEXT2_FILE, WINDOW
 from rosaq.recipe import Recipe
 from rosaq.safetensors_folder import first_row, raw_bytes, read_json
@@ -148,8 +149,11 @@ def _checkpoint_cell(folder: Path, tasks: tuple[str, ...]) -> Cell:
     folder = folder.expanduser().absolute()
     if not is_checkpoint(folder):
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
-    config = read_json(folder / "config.json")["quantization_config"]
-    return Cell(Recipe.from_dict(config["recipe"], str(folder)), config["calibration"].get("seed"), tasks, folder)
+    try:
+        config = RosaqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return Cell(Recipe.from_dict(config.recipe), config.calibration.get("seed"), tasks, folder)
 
 
 def model_name(model: str) -> str:

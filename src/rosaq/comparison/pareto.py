@@ -51,6 +51,17 @@ def points(table: Table) -> list[Point]:
     return found
 
 
+def drawn(table: Table) -> list[Point]:
+    """The points that are not far above the original's perplexity, or above the lowest one where there is no original."""
+    found, original = points(table), _original(table)
+    least = min(point.perplexity.value for point in found) if original is None else original.figures[PERPLEXITY_COLUMN].value
+    return [point for point in found if point.perplexity.value <= CEILING * least]
+
+
+def _original(table: Table) -> Row | None:
+    return next((row for row in table.rows if row.bits == 16 and PERPLEXITY_COLUMN in row.figures), None)
+
+
 def markdown(table: Table) -> str:
     """The points as a GitHub table, fewest bits first, with how many calibration seeds each has; those of the front are bold."""
     columns = [column for column in COLUMNS if column in table.columns]
@@ -70,16 +81,12 @@ def plot(table: Table) -> Any:
 
     One line a method; the front is drawn through the perplexities. A method far above the original's perplexity is left out of all panels.
     """
-    found = points(table)
-    original = next((row for row in table.rows if row.bits == 16 and PERPLEXITY_COLUMN in row.figures), None)
-    least = min(point.perplexity.value for point in found)
-    ceiling = CEILING * (least if original is None else original.figures[PERPLEXITY_COLUMN].value)
-    drawn = [point for point in found if point.perplexity.value <= ceiling]
-    columns = [column for column in PANELS if any(column in point.row.figures for point in drawn)]
+    original, found = _original(table), drawn(table)
+    columns = [column for column in PANELS if any(column in point.row.figures for point in found)]
     figure = require_matplotlib()(figsize=(9, 1.5 + 4.5 * len(columns)), layout="constrained")
     for axis, column in zip(figure.subplots(len(columns), squeeze=False, sharex=True)[:, 0], columns, strict=True):
-        for number, method in enumerate(sorted({point.method for point in drawn})):
-            own = [point for point in drawn if point.method == method and column in point.row.figures]
+        for number, method in enumerate(sorted({point.method for point in found})):
+            own = [point for point in found if point.method == method and column in point.row.figures]
             marker = "*" if method.startswith(OWN) else "os^Dv<>pPX"[number // 10 % 10]
             _draw(axis, own, column, (method, f"C{number % 10}", marker))
         if original is not None and column in original.figures:
@@ -87,12 +94,12 @@ def plot(table: Table) -> Any:
             axis.axhline(value, color="#888", linewidth=0.8, label=f"original, {value:.2f}")
         axis.set(xlabel="bits per weight", ylabel=PANELS[column], yscale="linear" if column == AVERAGE_COLUMN else "log")
     first = figure.axes[0]
-    front = [point for point in drawn if point.front]
+    front = [point for point in found if point.front]
     first.plot([point.bits for point in front], [point.perplexity.value for point in front], color="#444", linewidth=0.8, linestyle="--", zorder=0)
     for ticks in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
         ticks("{x:.0f}")
     first.set_title(table.title)
-    first.legend(fontsize="x-small", ncols=2)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", fontsize="x-small", ncols=4)
     return figure
 
 

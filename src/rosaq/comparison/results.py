@@ -83,7 +83,7 @@ class Results:
             return None
         found = read_json(file)
         _check_form(file, "the cell", found, ORIGINAL if cell.recipe is None else QUANTIZED)
-        if cell.recipe is not None and (recipe := _recipe(file, found["recipe"])) != cell.recipe:
+        if cell.recipe is not None and (recipe := Recipe.from_dict(found["recipe"], str(file))) != cell.recipe:
             before, wanted = recipe.to_dict(), cell.recipe.to_dict()
             key = next(key for key in wanted if before[key] != wanted[key])
             raise ValueError(f"{file}: recipe {cell.recipe.name!r} had {key} {before[key]!r}, now {wanted[key]!r}; name another folder")
@@ -225,13 +225,6 @@ def _check_form(file: Path, name: str, value: Any, form: Any) -> None:
                 _check_form(file, there, value[there], inner)
             elif not key.endswith("?"):
                 raise ValueError(f"{file}: {name} lacks {there!r}; remove the file, and the cell is measured again")
-
-
-def _recipe(file: Path, values: dict[str, Any]) -> Recipe:
-    try:
-        return Recipe.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor] | None:

@@ -21,6 +21,14 @@ GROUP = dict(TILE=32, STAGES=3, num_warps=2)
 
 
 @triton.jit
+def places(token, n, pages, head, page_stride, token_stride, head_stride, PAGE: tl.constexpr):  # noqa: ANN201, PLR0913
+    """Which tokens of a tile there are, and where their keys and values begin."""
+    there = token < n
+    page = tl.load(pages + token // PAGE, mask=there, other=0).to(tl.int64)
+    return there, page * page_stride + token % PAGE * token_stride + head * head_stride
+
+
+@triton.jit
 def attend_rows(  # noqa: PLR0913
     q, out, keys, values, table, lengths, factor, key_scale, value_scale,
     q_stride, out_stride, table_stride, page_stride, token_stride, head_stride,
@@ -36,10 +44,8 @@ def attend_rows(  # noqa: PLR0913
     weight = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE, D], tl.float32)
     for start in tl.range(0, n, TILE, num_stages=STAGES):
-        token = start + row
-        there = token < n
-        page = tl.load(pages + token // PAGE, mask=there, other=0).to(tl.int64)
-        place = (page * page_stride + token % PAGE * token_stride + head * head_stride)[:, None] + d[None, :]
+        there, base = places(start + row, n, pages, head, page_stride, token_stride, head_stride, PAGE)
+        place = base[:, None] + d[None, :]
         k = tl.load(keys + place, mask=there[:, None], other=0.0)
         v = tl.load(values + place, mask=there[:, None], other=0.0)
         score = tl.where(there, tl.sum(k.to(tl.float32) * query[None, :], 1), LOWEST)
@@ -75,10 +81,7 @@ def attend_group(  # noqa: PLR0913
     weight = tl.zeros([PADDED], tl.float32)
     total = tl.zeros([PADDED, D], tl.float32)
     for start in tl.range(0, n, TILE, num_stages=STAGES):
-        token = start + row
-        there = token < n
-        page = tl.load(pages + token // PAGE, mask=there, other=0).to(tl.int64)
-        base = page * page_stride + token % PAGE * token_stride + head * head_stride
+        there, base = places(start + row, n, pages, head, page_stride, token_stride, head_stride, PAGE)
         k = tl.load(keys + base[None, :] + d[:, None], mask=there[None, :], other=0.0).to(kind)
         v = tl.load(values + base[:, None] + d[None, :], mask=there[:, None], other=0.0).to(kind)
         score = tl.where(there[None, :], tl.dot(query, k), LOWEST)

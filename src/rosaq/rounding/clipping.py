@@ -6,6 +6,8 @@ come as second moments over all tokens instead of 512 sampled ones. Shape letter
 G groups, C channels of a full group.
 """
 
+from functools import lru_cache
+
 import torch
 
 from rosaq.layout import LinearLayout, code_step
@@ -23,10 +25,9 @@ MOVES = (0.0, -0.5, -0.25, 0.25, 0.5)  # of the zero point among them, in steps
 def group_moments(moment_QQ: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
     """The diagonal blocks (G, C, C) of a second moment of the quantized channels; a shorter group is filled up with zeros."""
     blocks = moment_QQ.new_zeros(layout.groups, layout.group_size, layout.group_size)
-    start = 0
-    for group, length in enumerate(torch.bincount(layout.column_groups()).tolist()):
-        blocks[group, :length, :length] = moment_QQ[start : start + length, start : start + length]
-        start += length
+    for group, own in enumerate(layout.group_slices()):
+        length = own.stop - own.start
+        blocks[group, :length, :length] = moment_QQ[own, own]
     return blocks
 
 
@@ -60,6 +61,12 @@ def shrunk_grids(bits: int) -> list[tuple[float, float]]:
     return [(share, moved) for moved in MOVES for share in FOUR_LEVELS] if bits == 2 else [(share, 0.0) for share in SHRUNK]
 
 
+@lru_cache
+def _tried(bits: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """`shrunk_grids` on a device, copied there once."""
+    return torch.tensor(shrunk_grids(bits), device=device, dtype=dtype)
+
+
 def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point (N, G) of each group, of the share of its range whose rounding has the least squared error.
 
@@ -71,7 +78,7 @@ def fit_shrunk_grid(weight_NGC: torch.Tensor, counts_GC: torch.Tensor, bits: int
     """
     whole, zero = fit_grid(weight_NGC, bits)
     step = code_step(bits)
-    tried = torch.tensor(shrunk_grids(bits), device=whole.device, dtype=whole.dtype)
+    tried = _tried(bits, whole.device, whole.dtype)
     shares, moves = tried[:, :1, None], tried[:, 1:, None]
     rows = max(1, TRIED[whole.device.type] // (len(tried) * weight_NGC[0].numel()))
     best = []

@@ -9,12 +9,48 @@ tenth at 2 bits.
 Shape letters: N outputs, K inputs, G groups.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from rosaq.layout import LinearLayout
 from rosaq.rounding.clipping import fit_shrunk_grid
-from rosaq.rounding.gptq import inverse_factor
+from rosaq.rounding.gptq import conditional_variances
 from rosaq.rounding.grid import fit_grid, grouped, to_codes
+
+
+@dataclass(frozen=True)
+class Split:
+    """A weight with so many of its channels salient, for all forms that differ in nothing but bits and groups.
+
+    Attributes:
+        channels: salient ones, of each block.
+        weight_NQ: the quantized channels.
+        counts_Q: what an error of each one's weights counts, float64.
+        salient: expected loss of the salient channels, float64.
+    """
+
+    channels: int
+    weight_NQ: torch.Tensor
+    counts_Q: torch.Tensor
+    salient: torch.Tensor
+
+
+def split(weight_NK: torch.Tensor, layout: LinearLayout, moment_KK: torch.Tensor, feedback: bool) -> Split:
+    """The parts of a weight in the order of the stored channels; salient INT8 channels, which nothing makes up for, count by M's diagonal.
+
+    Args:
+        weight_NK: the weight.
+        layout: a form with that many salient channels.
+        moment_KK: second moment M of the inputs.
+        feedback: rounding is GPTQ's.
+    """
+    quantized, salient = layout.quantized_columns(moment_KK.device), layout.salient_columns(moment_KK.device)
+    lost = torch.zeros((), dtype=torch.float64, device=moment_KK.device)
+    if layout.salient and layout.salient_bits == 8:
+        step_N = weight_NK[:, salient].abs().amax(1).double() / 127
+        lost = step_N.square().sum() / 12 * moment_KK.diagonal()[salient].double().sum()
+    return Split(layout.salient, weight_NK[:, quantized], channel_weights(moment_KK, layout, feedback)[quantized], lost)
 
 
 def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: bool) -> torch.Tensor:
@@ -24,42 +60,34 @@ def channel_weights(moment_KK: torch.Tensor, layout: LinearLayout, feedback: boo
     """
     if not feedback:
         return moment_KK.diagonal().double()
-    order_K = torch.cat([layout.quantized_columns(), layout.salient_columns()]).to(moment_KK.device)
-    weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=moment_KK.device)
-    weights_K[order_K] = inverse_factor(moment_KK[order_K][:, order_K]).diagonal().pow(-2)
+    device = moment_KK.device
+    order_K = torch.cat([layout.quantized_columns(device), layout.salient_columns(device)])
+    weights_K = torch.empty(layout.in_features, dtype=torch.float64, device=device)
+    weights_K[order_K] = conditional_variances(moment_KK[order_K][:, order_K])
     return weights_K
 
 
-def expected_loss(
-    weight_NK: torch.Tensor, layout: LinearLayout, weights_K: torch.Tensor, moment_KK: torch.Tensor, searched: bool = False, feedback: bool = False
-) -> float:
-    """Expected tr(dW M dW^T) of a weight stored in a form.
+def expected_loss(parts: Split, layout: LinearLayout, searched: bool = False, feedback: bool = False) -> torch.Tensor:
+    """Expected tr(dW M dW^T) of a weight stored in a form, float64 on its device.
 
     Args:
-        weight_NK: the weight, in the order of the stored channels.
+        parts: of the weight, for that form's salient channels.
         layout: the form.
-        weights_K: of `channel_weights` for that form's salient channels.
-        moment_KK: second moment M of the inputs; salient INT8 channels, which nothing makes up for, count by its diagonal.
         searched: ranges are searched by squared error; then clipped weights are off by more than half a step, so that the errors
             themselves are taken.
         feedback: rounding is GPTQ's.
     """
-    columns, groups = layout.quantized_columns().to(weight_NK.device), layout.column_groups().to(weight_NK.device)
-    weight_NGC = grouped(weight_NK[:, columns], layout)
+    weight_NGC = grouped(parts.weight_NQ, layout)
     if searched:
-        counts_GC = grouped(weights_K[columns][None], layout)[0]
+        counts_GC = grouped(parts.counts_Q[None], layout)[0]
         scale_NG, zero_NG = fit_shrunk_grid(weight_NGC, counts_GC, layout.bits)
         error_NGC = (to_codes(weight_NGC, scale_NG, zero_NG, layout.bits) - zero_NG[..., None]) * scale_NG[..., None] - weight_NGC
         square_GC = error_NGC.square().sum(0, dtype=torch.float64)
         total, error = (square_GC * counts_GC).sum(), square_GC.sum()
     else:
         scale_NG, _ = fit_grid(weight_NGC, layout.bits)
-        variance_G = scale_NG.double().square().sum(0) / 12
-        total, error = (variance_G[groups] * weights_K[columns]).sum(), variance_G[groups].sum()
+        variance_Q = (scale_NG.double().square().sum(0) / 12)[layout.column_groups(scale_NG.device)]
+        total, error = (variance_Q * parts.counts_Q).sum(), variance_Q.sum()
     if feedback:
         total = total * (1 + error / weight_NGC.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny))
-    if layout.salient and layout.salient_bits == 8:
-        columns = layout.salient_columns().to(weight_NK.device)
-        step_N = weight_NK[:, columns].abs().amax(1).double() / 127
-        total = total + step_N.square().sum() / 12 * moment_KK.diagonal()[columns].double().sum()
-    return float(total)
+    return total + parts.salient

@@ -37,7 +37,7 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
         ValueError: the moment is zero, or not positive definite even after damping.
     """
     device, top = weight_NK.device, (1 << layout.bits) - 1
-    salient, quantized = layout.salient_columns().to(device), layout.quantized_columns().to(device)
+    salient, quantized = layout.salient_columns(device), layout.quantized_columns(device)
     rank_Q = torch.arange(len(quantized), device=device)
     if act_order:
         rank_Q = moment_KK.diagonal()[quantized].argsort(descending=True, stable=True)
@@ -49,27 +49,44 @@ def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, layout: LinearLayout,
     if act_order:
         weight, counts_GC = grouped(weight_NK[:, quantized], layout), grouped(counts_Q[None], layout)[0]
         grids = [fit(weight[:, group : group + 1], group, counts_GC[group]) for group in range(layout.groups)]
-        static = [torch.cat(parts, 1)[:, layout.column_groups().to(device)[rank_Q]].T.contiguous() for parts in zip(*grids, strict=True)]
-    codes, start = [], 0
-    for group, length in enumerate(torch.bincount(layout.column_groups()).tolist()):
-        stop = start + length
+        static = [torch.cat(parts, 1)[:, layout.column_groups(device)[rank_Q]].T.contiguous() for parts in zip(*grids, strict=True)]
+    codes = []
+    for group, own in enumerate(layout.group_slices()):
         if act_order:
-            scale_CN, zero_CN = (grid_QN[start:stop] for grid_QN in static)
+            scale_CN, zero_CN = (grid_QN[own] for grid_QN in static)
         else:
-            grids.append(fit(weight_JN[start:stop].T[:, None], group, counts_Q[start:stop]))
-            scale_CN, zero_CN = (grid.T.expand(length, -1) for grid in grids[-1])
-        codes.append(round_columns(weight_JN, factor_JJ, start, scale_CN, zero_CN, top))
-        start = stop
+            grids.append(fit(weight_JN[own].T[:, None], group, counts_Q[own]))
+            scale_CN, zero_CN = (grid.T.expand(own.stop - own.start, -1) for grid in grids[-1])
+        codes.append(round_columns(weight_JN, factor_JJ, own.start, scale_CN, zero_CN, top))
     scale_NG, zero_NG = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
-    return torch.cat(codes).T[:, rank_Q.argsort()], scale_NG, zero_NG, weight_JN[start:].T
+    return torch.cat(codes).T[:, rank_Q.argsort()], scale_NG, zero_NG, weight_JN[len(quantized) :].T
 
 
 def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the inverse of a damped second moment, float64 (GPTQ, Algorithm 1).
 
-    With the channels in reverse order H = L L^T, so H = U^-1 U^-T in theirs, and U, which is L^-1 reversed, is the factor:
-    one triangular inverse instead of a whole one and its factorization. Memory: two matrices beside the moment, which
-    are large where J is (6.6 GB each for the 28672 channels of a 70B model).
+    It is L^-1 of `reversed_factor`, reversed: one triangular inverse instead of a whole one and its factorization. Memory: two matrices
+    beside the moment, which are large where J is (6.6 GB each for the 28672 channels of a 70B model).
+    """
+    lower_JJ = reversed_factor(moment_JJ)
+    inverse_JJ = torch.eye(len(lower_JJ), dtype=torch.float64, device=lower_JJ.device)
+    torch.linalg.solve_triangular(lower_JJ, inverse_JJ, upper=False, out=inverse_JJ)
+    del lower_JJ
+    return inverse_JJ.flip(0, 1)
+
+
+def conditional_variances(moment_JJ: torch.Tensor) -> torch.Tensor:
+    """The variance (J,) of each channel given those behind it, float64: 1 / U_jj^2 of `inverse_factor`, without the inverse."""
+    return reversed_factor(moment_JJ).diagonal().flip(0).square()
+
+
+def reversed_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor L of a damped second moment H with the channels in reverse order, float64.
+
+    H = L L^T there, so H = U^-1 U^-T in the channels' own order, where U is L^-1 reversed.
+
+    Raises:
+        ValueError: the moment is zero, or not positive definite even after damping.
     """
     damping = damping_of(moment_JJ)
     if damping == 0:
@@ -83,10 +100,7 @@ def inverse_factor(moment_JJ: torch.Tensor) -> torch.Tensor:
     del reversed_JJ
     if int(failed):
         raise ValueError("the second moment of the inputs is not positive definite; calibrate on more or other text")
-    inverse_JJ = torch.eye(len(lower_JJ), dtype=torch.float64, device=lower_JJ.device)
-    torch.linalg.solve_triangular(lower_JJ, inverse_JJ, upper=False, out=inverse_JJ)
-    del lower_JJ
-    return inverse_JJ.flip(0, 1)
+    return lower_JJ
 
 
 def damping_of(moment_JJ: torch.Tensor) -> float:

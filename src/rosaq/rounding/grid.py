@@ -38,11 +38,11 @@ def fit_grid(weight_NGC: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
     """
     top, step = (1 << bits) - 1, code_step(bits)
     low, high = weight_NGC.amin(-1).clamp_max(0), weight_NGC.amax(-1).clamp_min(0)
-    scale = (high - low) / (step * top)
-    if float(scale.max()) > FP16_MAX:
-        raise ValueError(f"a group of weights spans {float((high - low).max()):.3g}, more than an FP16 scale of a {bits}-bit grid can hold")
+    scale, widest = (high - low) / (step * top), float((high - low).max())  # the only wait for a GPU
+    if widest > FP16_MAX * step * top:
+        raise ValueError(f"a group of weights spans {widest:.3g}, more than an FP16 scale of a {bits}-bit grid can hold")
     scale = scale.half().to(weight_NGC.dtype)
-    scale = torch.where(scale == 0, torch.full_like(scale, FP16_TINY if float(high.max()) or float(low.min()) else 1.0), scale)
+    scale = torch.where(scale == 0, torch.full_like(scale, FP16_TINY if widest else 1.0), scale)
     return step * scale, torch.round(-low / scale).clamp(0, step * top) / step
 
 

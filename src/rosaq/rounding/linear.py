@@ -79,7 +79,7 @@ def quantize_stacked(
 
 def _rounded(weight_NK: torch.Tensor, layout: LinearLayout, moment_KK: torch.Tensor | None, rounding: Rounding) -> tuple[torch.Tensor, ...]:
     """Codes (N, Q), scales and zero points (N, G), salient weights (N, S)."""
-    columns = layout.quantized_columns().to(weight_NK.device)
+    columns = layout.quantized_columns(weight_NK.device)
     moments_GCC = None
     if rounding.clipping == "awq":
         assert moment_KK is not None
@@ -104,7 +104,7 @@ def _rounded(weight_NK: torch.Tensor, layout: LinearLayout, moment_KK: torch.Ten
     counts_GC = None if moment_KK is None else grouped(moment_KK.diagonal()[columns][None], layout)[0]
     scale, zero = fit(weight, slice(None), counts_GC)
     codes = ungrouped(to_codes(weight, scale, zero, layout.bits), layout)
-    return codes, scale, zero, weight_NK[:, layout.salient_columns().to(weight_NK.device)]
+    return codes, scale, zero, weight_NK[:, layout.salient_columns(weight_NK.device)]
 
 
 def _stored(parts: tuple[torch.Tensor, ...], layout: LinearLayout, order_K: torch.Tensor | None) -> dict[str, torch.Tensor]:

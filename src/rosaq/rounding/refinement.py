@@ -35,7 +35,7 @@ def refine(
     """
     codes_NQ, scale_NG, zero_NG, _ = rounded
     device = weight_NK.device
-    salient, quantized, groups = (part.to(device) for part in (layout.salient_columns(), layout.quantized_columns(), layout.column_groups()))
+    salient, quantized, groups = (layout.salient_columns(device), layout.quantized_columns(device), layout.column_groups(device))
     damping = damping_of(moment_KK)
     moment_QQ, moment_SS, crossed_SQ = (
         moment_KK[rows][:, columns] for rows, columns in ((quantized, quantized), (salient, salient), (salient, quantized))
@@ -46,31 +46,30 @@ def refine(
     answer_SQ = torch.linalg.solve(moment_SS, crossed_SQ.double()).to(weight_NK)
     moment_QQ = moment_QQ.to(weight_NK).addmm_(crossed_SQ.T.to(weight_NK), answer_SQ, alpha=-1)  # in float32, the damping is far above its error
     wanted_NQ = weight_NK[:, quantized]
-    codes_NQ, scale_NG = codes_NQ.to(weight_NK), _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups, layout.code_step)
+    codes_NQ, scale_NG = codes_NQ.to(weight_NK), _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, layout)
     for _ in range(sweeps):
         codes_NQ = _sweep(wanted_NQ, moment_QQ, codes_NQ, (scale_NG[:, groups], zero_NG[:, groups]), (1 << layout.bits) - 1)
-        scale_NG = _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, groups, layout.code_step)
+        scale_NG = _fit_scales(wanted_NQ, moment_QQ, codes_NQ - zero_NG[:, groups], scale_NG, layout)
     error_NQ = (codes_NQ - zero_NG[:, groups]) * scale_NG[:, groups] - wanted_NQ
     return codes_NQ, scale_NG, zero_NG, weight_NK[:, salient] - error_NQ @ answer_SQ.T
 
 
 def _fit_scales(
-    wanted_NQ: torch.Tensor, moment_QQ: torch.Tensor, steps_NQ: torch.Tensor, scale_NG: torch.Tensor, groups: torch.Tensor, step: int
+    wanted_NQ: torch.Tensor, moment_QQ: torch.Tensor, steps_NQ: torch.Tensor, scale_NG: torch.Tensor, layout: LinearLayout
 ) -> torch.Tensor:
-    """The scales (N, G), as FP16 holds them (by `step`), that lose least with these codes less their zero points.
+    """The scales (N, G), as they can be stored, that lose least with these codes less their zero points.
 
     For each row sum_h s_h (c_g M c_h) = c_g M w for all g, c_g the row's codes in group g. A scale stays where the solution would change it much.
     """
-    count = scale_NG.shape[1]
-    owner_QG = torch.nn.functional.one_hot(groups, count).to(wanted_NQ)
+    owner_QG = torch.nn.functional.one_hot(layout.column_groups(wanted_NQ.device), layout.groups).to(wanted_NQ)
     known_NG = ((wanted_NQ @ moment_QQ) * steps_NQ) @ owner_QG
-    products = [((steps_NQ[:, groups == group] @ moment_QQ[groups == group]) * steps_NQ) @ owner_QG for group in range(count)]
+    products = [((steps_NQ[:, own].contiguous() @ moment_QQ[own]) * steps_NQ) @ owner_QG for own in layout.group_slices()]
     normal_NGG = torch.stack(products, 1)
     diagonal = normal_NGG.diagonal(dim1=-2, dim2=-1)
     diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
-    found_NG = torch.linalg.solve(normal_NGG, known_NG[..., None])[..., 0]
+    found_NG = torch.linalg.solve_ex(normal_NGG, known_NG[..., None])[0][..., 0]  # what has no solution is not finite
     fine = torch.isfinite(found_NG) & (found_NG > scale_NG / LARGEST) & (found_NG < scale_NG * LARGEST)
-    return step * (torch.where(fine, found_NG, scale_NG) / step).half().to(scale_NG)
+    return layout.code_step * (torch.where(fine, found_NG, scale_NG) / layout.code_step).half().to(scale_NG)
 
 
 def _sweep(
@@ -86,11 +85,12 @@ def _sweep(
     codes_QN = codes_NQ.T.contiguous()
     value_QN = (codes_QN - zero_QN) * scale_QN
     gradient_QN = moment_QQ @ (value_QN - wanted_NQ.T)
+    one_CC = torch.eye(BLOCK, dtype=torch.float64, device=moment_QQ.device)
     for start in range(0, len(codes_QN), BLOCK):
         part = slice(start, start + BLOCK)
         own_CC = moment_QQ[part, part].double()
         moves_CC = own_CC.tril() / own_CC.diagonal()[:, None]
-        back_CC = torch.linalg.solve_triangular(moves_CC, torch.eye(len(moves_CC)).to(moves_CC), upper=False, unitriangular=True).to(wanted_NQ)
+        back_CC = torch.linalg.solve_triangular(moves_CC, one_CC[: len(moves_CC), : len(moves_CC)], upper=False, unitriangular=True).to(wanted_NQ)
         place_CN = moves_CC.to(wanted_NQ) @ value_QN[part] - gradient_QN[part] / own_CC.diagonal()[:, None].to(wanted_NQ)
         codes_QN[part] = round_columns((back_CC @ place_CN).contiguous(), back_CC.T.contiguous(), 0, scale_QN[part], zero_QN[part], top)
         moved_CN = (codes_QN[part] - zero_QN[part]) * scale_QN[part] - value_QN[part]
