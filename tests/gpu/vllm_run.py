@@ -2,28 +2,51 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+
+class Forced(AdapterLogitsProcessor):
+    """Lets a request answer with the tokens of its `forced` only; vLLM's log-probabilities are of the logits before that."""
+
+    def is_argmax_invariant(self) -> bool:
+        """It is not, so greedy requests meet it, too."""
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        """What a request's logits become, given its answer so far."""
+        forced = (params.extra_args or {}).get("forced")
+
+        def only(answer: list[int], logits: torch.Tensor) -> torch.Tensor:
+            left = torch.full_like(logits, float("-inf"))
+            left[forced[min(len(answer), len(forced) - 1)]] = 0
+            return left
+
+        return only if forced else None
+
 
 def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each prompt: its negative log-likelihood, greedy tokens, and sampled ones with the negative log-likelihood that decoding gave them."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(job["folder"], **job["options"])
+    """Of each prompt: its negative log-likelihood, greedy tokens, and, where the job has `forced`, that of so many last tokens by decoding."""
+    last, options = job.get("forced", 0), {"temperature": 0, "ignore_eos": True}
+    llm = LLM(job["folder"], **job["options"], **(dict(logits_processors=["vllm_run:Forced"], async_scheduling=False) if last else {}))
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    options = {"max_tokens": job["new_tokens"], "ignore_eos": True}
-    greedy = llm.generate(prompts, SamplingParams(temperature=0, prompt_logprobs=0, **options))
-    sampled = llm.generate(prompts, [SamplingParams(temperature=1, seed=seed, logprobs=0, **options) for seed in range(len(prompts))])
-    return [
-        {
-            "tokens": list(reply.outputs[0].token_ids),
-            "nll": _nll(reply.prompt_logprobs[1:], reply.prompt_token_ids[1:]),
-            "sampled": list(other.outputs[0].token_ids),
-            "sampled_nll": _nll(other.outputs[0].logprobs, other.outputs[0].token_ids),
-        }
-        for reply, other in zip(greedy, sampled, strict=True)
-    ]
+    greedy = llm.generate(prompts, SamplingParams(max_tokens=job["new_tokens"], prompt_logprobs=0, **options))
+    found = [{"tokens": list(reply.outputs[0].token_ids), "nll": _nll(reply.prompt_logprobs[1:], reply.prompt_token_ids[1:])} for reply in greedy]
+    if last:
+        wanted = [SamplingParams(max_tokens=last, logprobs=0, extra_args={"forced": ids[-last:]}, **options) for ids in job["prompts"]]
+        for entry, reply, params in zip(
+            found, llm.generate([{"prompt_token_ids": ids[:-last]} for ids in job["prompts"]], wanted), wanted, strict=True
+        ):
+            said = list(reply.outputs[0].token_ids)
+            if said != params.extra_args["forced"]:
+                raise RuntimeError(f"vLLM was to answer {params.extra_args['forced'][:8]} ..., and answered {said[:8]} ...")
+            entry["decoded_nll"] = _nll(reply.outputs[0].logprobs, said)
+    return found
 
 
 def _nll(entries: Any, tokens: Any) -> float:
