@@ -41,7 +41,8 @@ class Point:
 def points(table: Table) -> list[Point]:
     """The quantized rows by bits per weight; rows without a perplexity or from the paper are left out."""
     rows = [row for row in table.rows if row.bits != 16 and not row.published and PERPLEXITY_COLUMN in row.figures]
-    rows.sort(key=lambda row: (row.figures[BITS_COLUMN].value, row.figures[PERPLEXITY_COLUMN].value))
+    # bits as printed, since the seeds of a target differ by less
+    rows.sort(key=lambda row: (round(row.figures[BITS_COLUMN].value, 3), row.figures[PERPLEXITY_COLUMN].value))
     found: list[Point] = []
     best = float("inf")
     for row in rows:
