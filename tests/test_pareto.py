@@ -9,7 +9,10 @@ import pytest
 from rosaq import load_recipe
 from rosaq.comparison import pareto
 from rosaq.comparison.run import compare
+from rosaq.comparison.table import Figure, Row, Table
 from test_compare import data, experiment, table_of  # noqa: F401  (fixtures)
+
+USELESS = ((16, "original", 22.0), (2, "rtn", 5e5), (2, "gptq", 4e5))
 
 
 def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
@@ -38,6 +41,16 @@ def test_bits_against_loss(experiment, tmp_path):  # noqa: F811  (a fixture)
     assert {"rtn", "rtn, targets", "rosaq-paper", "mine"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="not the folder of a rosaq checkpoint"):
         experiment(checkpoints=(tmp_path,)).cells()
+
+
+def test_methods_of_no_use_are_drawn_where_there_are_no_others():
+    """Two rows far above three times the original's perplexity, alone and with a third that is not."""
+    pytest.importorskip("matplotlib")
+    original, *lost = (Row(bits, name, {"bits/weight": Figure(bits), "WikiText-2 PPL": Figure(value)}) for bits, name, value in USELESS)
+    useful = Row(4, "awq", {"bits/weight": Figure(4.3), "WikiText-2 PPL": Figure(25.0)})
+    for rows, names in ((lost, {"rtn", "gptq"}), ([*lost, useful], {"awq"})):
+        (axis,) = pareto.plot(Table("some", ["bits/weight", "WikiText-2 PPL"], [original, *rows], [])).axes
+        assert set(axis.get_legend_handles_labels()[1]) == {*names, "original, 22.00"}
 
 
 def test_a_verdict_by_budget(tmp_path):

@@ -41,7 +41,8 @@ class Point:
 def points(table: Table) -> list[Point]:
     """The quantized rows by bits per weight; rows without a perplexity or from the paper are left out."""
     rows = [row for row in table.rows if row.bits != 16 and not row.published and PERPLEXITY_COLUMN in row.figures]
-    rows.sort(key=lambda row: (row.figures[BITS_COLUMN].value, row.figures[PERPLEXITY_COLUMN].value))
+    # bits as printed, since the seeds of a target differ by less
+    rows.sort(key=lambda row: (round(row.figures[BITS_COLUMN].value, 3), row.figures[PERPLEXITY_COLUMN].value))
     found: list[Point] = []
     best = float("inf")
     for row in rows:
@@ -79,9 +80,10 @@ def markdown(table: Table) -> str:
 def plot(table: Table) -> Any:
     """What is lost against bits per weight, a matplotlib figure: a panel each of perplexity, divergence and zero-shot average, where a row has it.
 
-    One line a method; the front is drawn through the perplexities. A method far above the original's perplexity is left out of all panels.
+    One line a method; the front is drawn through the perplexities. A method far above the original's perplexity is left out of
+    all panels, unless all are so far.
     """
-    original, found = _original(table), drawn(table)
+    original, found = _original(table), drawn(table) or points(table)
     columns = [column for column in PANELS if any(column in point.row.figures for point in found)]
     figure = require_matplotlib()(figsize=(9, 1.5 + 4.5 * len(columns)), layout="constrained")
     for axis, column in zip(figure.subplots(len(columns), squeeze=False, sharex=True)[:, 0], columns, strict=True):
