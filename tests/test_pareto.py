@@ -53,6 +53,15 @@ def test_methods_of_no_use_are_drawn_where_there_are_no_others():
         assert set(axis.get_legend_handles_labels()[1]) == {*names, "original, 22.00"}
 
 
+def test_bits_that_are_printed_alike_are_equal():
+    """Of two rows whose bits differ in the fifth digit, only the better one is of the front."""
+    rows = [
+        Row(0, name, {"bits/weight": Figure(bits), "WikiText-2 PPL": Figure(value)})
+        for bits, name, value in ((3.89986, "worse", 25.7), (3.89988, "better", 24.1))
+    ]
+    assert [(point.row.method, point.front) for point in pareto.points(Table("some", [], rows, []))] == [("better", True), ("worse", False)]
+
+
 def test_a_verdict_by_budget(tmp_path):
     """`scripts/pareto.py` on two tables: better by more than the spread, within it, worse, and where only one side is as small."""
     spec = importlib.util.spec_from_file_location("pareto_script", Path(__file__).parents[1] / "scripts" / "pareto.py")
