@@ -16,6 +16,13 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
+def test_a_size_without_its_unit_is_said_in_bytes():
+    with pytest.raises(ValueError, match=r"max-memory is 3 bytes, but this model takes about \d+\.\d\d GiB"):
+        place_activations(Work(2**30, 0), "cpu", parse_size("3"))
+    with pytest.raises(ValueError, match=r"max-memory is 0\.02 GiB"):
+        place_activations(Work(2**30, 0), "cpu", parse_size("20MB"))
+
+
 @pytest.mark.parametrize("text", ["", "GiB", "2 gigabytes", "-1GB", "0", "1e9", "2GiB extra"])
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="allowed is a number above 0 with a unit"):

@@ -10,6 +10,8 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rosaq import Calibration, load_recipe, quantize
+from rosaq.engines.loading import load_model, verify_checkpoint
+from rosaq.engines.transformers import RosaqConfig
 from rosaq.linear import RosaqLinear
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -115,6 +117,15 @@ def test_a_config_that_is_not_ours_is_refused(checkpoint, change, message):
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("read", [load_model, verify_checkpoint, RosaqConfig.of])
+def test_a_damaged_config_is_named_by_its_file(checkpoint, read):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["recipe"]["bits"] = 7
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{checkpoint / 'config.json'}: quantization_config.recipe: .*bits is 7"):
+        read(str(checkpoint))
 
 
 def test_importing_rosaq_is_enough(checkpoint):

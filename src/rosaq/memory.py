@@ -31,6 +31,11 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def size_text(size: int) -> str:
+    """A size in words: "2.50 GiB"; a small one in bytes, since it may lack the unit that was meant."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**24 else f"{size} bytes"
+
+
 def available_bytes() -> int:
     """Host memory that this process may still take: the machine's, or what is left to its control group."""
     free = psutil.virtual_memory().available
@@ -98,9 +103,7 @@ def device_bound(device: str, limit: int | None) -> Iterator[None]:
     """
     if not device.startswith("cuda"):
         if limit is not None:
-            raise ValueError(
-                f"max-device-memory is {limit / 2**30:.2f} GiB, but the device is {device}; it bounds a GPU's memory, max-memory the host's"
-            )
+            raise ValueError(f"max-device-memory is {size_text(limit)}, but the device is {device}; it bounds a GPU's memory, max-memory the host's")
         yield
         return
     index = torch.device(device).index
@@ -110,7 +113,7 @@ def device_bound(device: str, limit: int | None) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        bound = "the GPU has no more free" if limit is None else f"max-device-memory is {limit / 2**30:.2f} GiB"
+        bound = "the GPU has no more free" if limit is None else f"max-device-memory is {size_text(limit)}"
         held = torch.cuda.memory_allocated(index) / 2**30
         raise ValueError(f"{device}: out of memory with {held:.2f} GiB held: {bound}") from error
     finally:
@@ -138,5 +141,5 @@ def place_activations(work: Work, device: str, limit: int | None, device_limit: 
     room = available_bytes() if limit is None else limit - resident_bytes()
     if room < work.host and limit is not None:
         least = math.ceil((resident_bytes() + work.host) / 2**30 * 100) / 100
-        raise ValueError(f"max-memory is {limit / 2**30:.2f} GiB, but this model takes about {least:.2f} GiB even with its activations on disk")
+        raise ValueError(f"max-memory is {size_text(limit)}, but this model takes about {least:.2f} GiB even with its activations on disk")
     return place if work.host + needed <= room else "disk"

@@ -61,7 +61,7 @@ def part_errors(folder: Path, source: Source, device: str, progress: Progress = 
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     a, stored = source.architecture, SafetensorsFolder(folder)
-    quantization = RosaqConfig.from_dict(config.quantization_config)
+    quantization = RosaqConfig.of(folder)
     check_version(quantization.format_version, folder)
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
         if getattr(config, name) != getattr(source.config, name):

@@ -11,7 +11,7 @@ from rosaq.checkpoint import is_checkpoint
 from rosaq.engines.transformers import RosaqConfig
 from rosaq.evaluation.perplexity import WIKITEXT2_FILE, WINDOW
 from rosaq.recipe import Recipe
-from rosaq.safetensors_folder import first_row, raw_bytes, read_json
+from rosaq.safetensors_folder import first_row, raw_bytes
 from rosaq.shard_files import sha256
 from rosaq.source import Source
 from rosaq.version import __version__
@@ -149,10 +149,7 @@ def _checkpoint_cell(folder: Path, tasks: tuple[str, ...]) -> Cell:
     folder = folder.expanduser().absolute()
     if not is_checkpoint(folder):
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
-    try:
-        config = RosaqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    config = RosaqConfig.of(folder)
     return Cell(Recipe.from_dict(config.recipe), config.calibration.get("seed"), tasks, folder)
 
 

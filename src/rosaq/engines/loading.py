@@ -53,9 +53,8 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir() or not is_checkpoint(folder):
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     manifest = verify(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = meta_model(config)
-    quantizer = RosaqQuantizer(RosaqConfig.from_dict(config.quantization_config))
+    quantizer = RosaqQuantizer(RosaqConfig.of(folder))
+    model = meta_model(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     quantizer.preprocess_model(model, checkpoint_files=[str(folder / name) for name in manifest["files"]])
     for name, tensor in SafetensorsFolder(folder).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -85,6 +84,7 @@ def load_model(
     device = resolve_device(device)
     if Path(model).is_dir() and is_checkpoint(model):
         register()
+        RosaqConfig.of(model)  # whose errors name the file
         verify(model)
         tokenizer = _given(read_tokenizer(Path(model)), model)
         config_dtype = resolve_dtype(dtype, torch.float16, cpu_dtype, device) if dtype != "auto" or device == "cpu" else "auto"

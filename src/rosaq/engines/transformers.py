@@ -23,7 +23,7 @@ from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear, RotatedLinear
 from rosaq.norm import RotatedNorm
 from rosaq.recipe import Recipe
-from rosaq.safetensors_folder import open_safetensors
+from rosaq.safetensors_folder import open_safetensors, read_json
 
 METHOD = "rosaq"
 _TYPES = {"I32": torch.int32, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -68,6 +68,20 @@ class RosaqConfig(QuantizationConfigMixin):
         if missing:
             raise ValueError(f"quantization_config: the key {missing[0]!r} is missing")
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "RosaqConfig":
+        """That of the checkpoint in a folder.
+
+        Raises:
+            ValueError: it is not valid; names the file.
+        """
+        file = Path(folder) / "config.json"
+        try:
+            read: RosaqConfig = cls.from_dict(read_json(file)["quantization_config"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return read
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says; which inputs are rotated only where there are any, as the pipeline writes it."""

@@ -17,7 +17,7 @@ from rosaq.kernels.reference import dequantize
 from rosaq.recipe import Recipe
 from rosaq.rotation import Block
 from rosaq.run import Means
-from rosaq.safetensors_folder import SafetensorsFolder, read_json
+from rosaq.safetensors_folder import SafetensorsFolder
 from rosaq.source import Source
 from rosaq.statistics import Statistics
 
@@ -102,7 +102,7 @@ def checkpoint_errors(
     if not is_checkpoint(folder):
         raise ValueError(f"{folder}: not the folder of a rosaq checkpoint")
     verify(folder)
-    config = RosaqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    config = RosaqConfig.of(folder)
     found, wanted = config.calibration.get("windows_sha256"), statistics.record["windows_sha256"]
     if found != wanted:
         raise ValueError(f"{folder}: calibrated on windows with SHA-256 {found}, not {wanted}; give the calibration that it was made with")
