@@ -67,6 +67,11 @@ def test_quantize_evaluate_generate_verify(saved, text_file, tmp_path):
     done = rosaq("generate", out, "hello", "--max-tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("hello") and "per second" in done.stderr
     assert "whole, format 1" in rosaq("verify", out).stdout
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["recipe"]["bits"] = 7
+    (out / "config.json").write_text(json.dumps(config))
+    done = rosaq("evaluate", out, "--data", tmp_path / "nowhere")  # the text that is not there is not what is wrong first
+    assert done.returncode == 1 and f"{out / 'config.json'}: quantization_config.recipe" in "".join(done.stderr.split("\n"))
 
 
 def refused(result, *words):

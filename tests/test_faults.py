@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import random_model, tokenizer
+from rosaq.checkpoint_writer import CheckpointWriter
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.learned import Learned
 from rosaq.workfolder import tensors_hash
@@ -262,7 +263,7 @@ def test_the_bound_on_memory_is_kept(rosaq, tmp_path_factory, model, whole, reci
     for file in (*model.glob("tokenizer*"), model / "text.jsonl"):
         shutil.copy(file, large)
     refused = rosaq(*command(large, folder / "out", "--max-memory", "1MiB", recipe=name))
-    ended(refused, "max-memory is 0.00 GiB", "even with its activations on disk")
+    ended(refused, "max-memory is 1.00 MiB", "even with its activations on disk")
     least = float(re.search(r"takes about ([\d.]+) GiB", refused["errors"][0])[1]) + 0.01  # the process itself differs a little
     done = rosaq(*command(large, folder / "out", "--max-memory", f"{least:.2f}GiB", recipe=name))
     assert done["codes"] == [0], done["errors"]
@@ -320,3 +321,15 @@ def test_a_rank_that_cannot_go_on_says_why(rosaq, copied, tmp_path):
     shard.write_bytes(data)
     done = rosaq(*command(copied, tmp_path / "out"), ranks=2)
     assert done["codes"] == [1, 1] and all("holds NaN or Inf" in error for error in done["errors"])
+
+
+def test_a_failed_run_leaves_no_folders_above_its_output(rosaq, model, whole, tmp_path):
+    """None that it made, and those that were there before; what is done keeps them."""
+    (tmp_path / "old").mkdir()
+    for above in (tmp_path / "new", tmp_path / "old"):
+        ended(rosaq(*command(model, above / "deep" / "out"), at=9, fault="SIGINT"), "interrupted", code=130)
+        assert not (above / "deep").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path / "new" / "deep" / "out"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

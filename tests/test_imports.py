@@ -10,7 +10,7 @@ LEVELS = {
     "rosaq.distributed": 0, "rosaq.safetensors_folder": 0, "rosaq.text_files": 0, "rosaq.hadamard": 0,
     "rosaq.kernels.reference": 1, "rosaq.gguf_file": 1, "rosaq.rotation": 1, "rosaq.calibration": 1, "rosaq.saliency": 1, "rosaq.embedding": 1,
     "rosaq.norm": 1, "rosaq.plan": 1, "rosaq.rounding": 1, "rosaq.evaluation": 1, "rosaq.memory": 1, "rosaq.activations": 1,
-    "rosaq.shard_files": 1, "rosaq.workfolder": 1, "rosaq.provenance": 1, "rosaq.channel_picture": 1,
+    "rosaq.new_folders": 0, "rosaq.shard_files": 1, "rosaq.workfolder": 1, "rosaq.provenance": 1, "rosaq.channel_picture": 1,
     "rosaq.source": 2,
     "rosaq.kernels": 2,
     "rosaq.skeleton": 3, "rosaq.checkpoint": 3, "rosaq.checkpoint_writer": 4, "rosaq.card": 3, "rosaq.linear": 3, "rosaq.results": 3,

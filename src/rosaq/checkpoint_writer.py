@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from rosaq.checkpoint import write_beside
+from rosaq.new_folders import missing_parents, remove_empty
 from rosaq.shard_files import SHARD_BYTES, sha256, shard_name, write_index
 from rosaq.workfolder import check_destination, disk_errors, flush
 
@@ -39,6 +40,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> "CheckpointWriter":
         """Make a hidden folder beside the destination."""
+        self._made = missing_parents(self.destination)
         with disk_errors(self.destination):
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.writing-", dir=self.destination.parent))
@@ -49,6 +51,7 @@ class CheckpointWriter:
         """Remove what was written unless it was finished."""
         if not self._finished:
             shutil.rmtree(self.folder, ignore_errors=True)
+            remove_empty(self._made)
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take tensors by full name; a shard is written whenever enough have come."""

@@ -32,8 +32,9 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """A size in words: "2.50 GiB"; a small one in bytes, since it may lack the unit that was meant."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**24 else f"{size} bytes"
+    """A size in words: "2.50 GiB"; a small one in MiB or bytes, since it may lack the unit that was meant."""
+    unit = next((power for power in (30, 20) if size >= 2 ** (power - 6)), 0)
+    return f"{size / 2**unit:.2f} {'GiB' if unit == 30 else 'MiB'}" if unit else f"{size} bytes"
 
 
 def available_bytes() -> int:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rosaq.distributed import Ranks
+from rosaq.new_folders import missing_parents, remove_empty
 from rosaq.safetensors_folder import raw_bytes, read_json
 
 CHECKPOINT, DISTILLED, STATE, LOCK = "checkpoint", "distilled", "state.json", "lock"
@@ -47,6 +48,7 @@ class WorkFolder:
         self.checkpoint, self.distilled = self.path / CHECKPOINT, self.path / DISTILLED
         self._identity, self._ranks, self._force = json.loads(json.dumps(identity)), ranks, force
         self._lock: int | None = None
+        self._made = missing_parents(self.path)
         self._pool: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
@@ -76,7 +78,7 @@ class WorkFolder:
             if any(self.path.glob("*-*.*")):
                 error.add_note(f"what is done is kept in {self.path}: the same command goes on from there, with --force it starts over")
             elif not self.published:
-                _remove(self.path)
+                _remove(self.path, *self._made)
         os.close(self._lock)
 
     def _claim(self) -> None:
@@ -205,18 +207,6 @@ def check_destination(destination: Path) -> None:
         raise ValueError(f"{destination}: output is not a folder")
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that neither is there nor could be made, before work whose result is to go into it.
-
-    Raises:
-        ValueError: names what is in the way.
-    """
-    folder = folder.expanduser().absolute()
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written: {place} is not a folder that may be written into")
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Say what a disk refuses as a `ValueError` that names the path."""
@@ -278,11 +268,12 @@ def _locked(folder: Path) -> int:
         os.close(handle)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a work folder: what tells whose it is goes last."""
+def _remove(folder: Path, *above: Path) -> None:
+    """Remove a work folder, what tells whose it is last, and those above it if they are empty then."""
     for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == LOCK)):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
     folder.rmdir()
+    remove_empty(above)
 
 
 def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ def kernels(
 
 def check_output(output: Path | None) -> None:
     """Refuse a JSON file that could not be written, before anything is timed."""
-    from rosaq.workfolder import check_writable
+    from rosaq.new_folders import check_writable
 
     if output is not None:
         check_writable(output.parent)

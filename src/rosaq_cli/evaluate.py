@@ -51,6 +51,7 @@ def evaluate(
         raise ValueError("--against compares what two models predict of a text; add wikitext2 or a text file to --tasks")
     if questions:
         check_zero_shot(questions, data)  # before a model is loaded
+    _check_configs(model, against)  # before a text is fetched
     contents = {name: _read(name, data) for name in texts}
     loaded, tokenizer = load_model(model, device, dtype, weights=weights)
     windows = {name: text_windows(content, tokenizer, window)[::every][:limit] for name, content in contents.items()}
@@ -89,6 +90,15 @@ def _chosen(tasks: str | None, text: Path | None) -> tuple[list[str], list[str]]
         else:
             raise ValueError(f"task {name!r}: no text file, and not one of {', '.join((WIKITEXT2, *NAMES))}")
     return texts, questions
+
+
+def _check_configs(*models: str | None) -> None:
+    from rosaq.checkpoint import is_checkpoint
+    from rosaq.engines.transformers import RosaqConfig
+
+    for model in models:
+        if model is not None and is_checkpoint(model):
+            RosaqConfig.of(model)
 
 
 def check_counts(options: dict[str, int | None]) -> None:

@@ -34,7 +34,7 @@ def inspect(
     from rosaq.inspection.plots import require_matplotlib
     from rosaq.inspection.report import Settings
     from rosaq.inspection.report import inspect as run
-    from rosaq.workfolder import check_writable
+    from rosaq.new_folders import check_writable
 
     silence_transformers()
     require_matplotlib()
