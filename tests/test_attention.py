@@ -10,14 +10,15 @@ import pytest
 
 PROGRAM = """
 import torch
-from attention_cases import CASES, check, interpret, step
+from attention_cases import CASES, LENGTHS, PIECES, check, interpret, step
 interpret()
-from rosaq.kernels.attention import attend
-for case in CASES:
-    arguments, expected = step(case, "cpu")
+from rosaq.kernels.attention import attend, workspace
+for case, lengths in [(case, lengths) for lengths in (LENGTHS, PIECES) for case in CASES]:
+    arguments, expected = step(case, "cpu", lengths)
     out = torch.full(expected.shape, float("nan"), dtype=arguments[0].dtype)
     attend(arguments[0], out, *arguments[1:])
-    check(case, out, expected)
+    check(case, out, expected, lengths)
+    assert not workspace(out.device)[-1].any(), "a counter was left"
 """
 
 

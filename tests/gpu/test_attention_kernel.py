@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from attention_cases import CASES, LENGTHS, check, step
+from attention_cases import CASES, LENGTHS, PIECES, check, step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,18 +17,25 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_agrees_with_float64(case):
-    from rosaq.kernels.attention import attend
+LONG = (700, 1, 0, 2049, 128, 5000)
 
-    (q, cache, table, lengths, *scales), expected = step(case, "cuda")
+
+@pytest.mark.parametrize("lengths", [LENGTHS, PIECES, LONG, (0, 8000), (0, *range(1, 400))], ids=["short", "pieces", "long", "one", "many"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_agrees_with_float64(case, lengths):
+    from rosaq.kernels.attention import attend, workspace
+
+    (q, cache, table, counts, *scales), expected = step(case, "cuda", lengths)
     out = torch.full(expected.shape, float("nan"), dtype=q.dtype, device="cuda")
-    attend(q, out, cache, table, lengths, *scales)
-    check(case, out, expected)
-    captured = lengths.clone().fill_(1)
+    attend(q, out, cache, table, counts, *scales)
+    check(case, out, expected, lengths)
+    captured = counts.clone().fill_(1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         attend(q, out, cache, table, captured, *scales)
-    captured.copy_(torch.tensor(LENGTHS))
-    graph.replay()
-    check(case, out, expected)
+    captured.copy_(counts)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        check(case, out, expected, lengths)
+    assert not workspace(out.device)[-1].any()  # the pieces were all counted
