@@ -18,17 +18,23 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # a score of a token that is not there: minus infinity without its NaN
-# Tokens of a tile, tiles on their way, warps, by "heads are grouped" and "the cache has 8 bits": the fastest measured on an H200 (docs/log.md).
+# By whether heads are grouped, the cache has 8 bits and sequences are cut: tokens of a tile, tiles on their way, warps; the fastest on an H200.
 FORMS = {
-    (False, False): dict(TILE=16, STAGES=4, num_warps=2),
-    (False, True): dict(TILE=16, STAGES=4, num_warps=2),
-    (True, False): dict(TILE=32, STAGES=5, num_warps=2),
-    (True, True): dict(TILE=32, STAGES=5, num_warps=2),
+    (False, False, False): dict(TILE=16, STAGES=3, num_warps=2),
+    (False, False, True): dict(TILE=8, STAGES=6, num_warps=1),
+    (False, True, False): dict(TILE=16, STAGES=4, num_warps=2),
+    (False, True, True): dict(TILE=16, STAGES=4, num_warps=2),
+    (True, False, False): dict(TILE=64, STAGES=3, num_warps=2),
+    (True, False, True): dict(TILE=64, STAGES=3, num_warps=2),
+    (True, True, False): dict(TILE=64, STAGES=5, num_warps=2),
+    (True, True, True): dict(TILE=64, STAGES=5, num_warps=2),
 }
-PROGRAMS = 1056  # that sequences are cut for: eight on each of 132 processors
-LEAST = 128  # tokens of a piece: what a shorter one saves, adding up costs
+# By the first two: programs to run at once, eight, four or three on each of 132 processors; tokens of the shortest piece while they do not.
+SLOTS = {(False, False): (1056, 64), (False, True): (528, 128), (True, False): (396, 128), (True, True): (396, 128)}
+LONG = 512  # tokens of the shortest piece where it is full, and pieces only make its last round fuller
 MOST = 32  # pieces of a sequence
-ROOM = PROGRAMS * 16 * 128  # numbers in the workspace: 16 query heads of 128 a piece
+PIECES = 2048  # in the workspace
+ROOM = PIECES * 1024  # numbers of their sums there: eight query heads of 128 a piece
 
 
 @triton.jit
@@ -58,6 +64,19 @@ def ends_last(counters, pieces):  # noqa: ANN201
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def joined(sums, tops, weights, first, pieces, member, D: tl.constexpr, MEMBERS: tl.constexpr, MOST: tl.constexpr):  # noqa: ANN201, PLR0913
+    """One query head's result from all its pieces, read at once and past the first-level cache, which may hold what was there before."""
+    piece = tl.arange(0, MOST)
+    there = piece < pieces
+    slot = (first + piece) * MEMBERS + member
+    top = tl.load(tops + slot, mask=there, other=LOWEST, cache_modifier=".cg")
+    weight = tl.load(weights + slot, mask=there, other=0.0, cache_modifier=".cg")
+    part = tl.load(sums + slot[:, None] * D + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
+    share = tl.exp2(top - tl.max(top, 0))
+    return tl.sum(part * share[:, None], 0) / tl.sum(weight * share, 0)
 
 
 @triton.jit(do_not_specialize=["parts", "least"])
@@ -105,14 +124,8 @@ def attend_rows(  # noqa: PLR0913
         tl.store(tops + slot, highest)
         tl.store(weights + slot, whole)
         if ends_last(counters, pieces):
-            piece = tl.arange(0, MOST)
-            one = piece < pieces
-            high = tl.load(tops + first + piece, mask=one, other=LOWEST, cache_modifier=".cg")
-            shares = tl.exp2(high - tl.max(high, 0))
-            part = tl.load(sums + (first + piece)[:, None] * D + d[None, :], mask=one[:, None], other=0.0, cache_modifier=".cg")
-            all_weights = tl.load(weights + first + piece, mask=one, other=0.0, cache_modifier=".cg")
-            joined = tl.sum(part * shares[:, None], 0) * tl.load(value_scale) / tl.sum(all_weights * shares, 0)
-            tl.store(place, joined.to(out.dtype.element_ty))
+            every = joined(sums, tops, weights, first, pieces, 0, D, 1, MOST) * tl.load(value_scale)
+            tl.store(place, every.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["parts", "least"])
@@ -160,20 +173,9 @@ def attend_group(  # noqa: PLR0913
         tl.store(tops + slot, top, mask=asks)
         tl.store(weights + slot, weight, mask=asks)
         if ends_last(counters, pieces):
-            top = tl.full([PADDED], LOWEST, tl.float32)
-            weight = tl.zeros([PADDED], tl.float32)
-            total = tl.zeros([PADDED, D], tl.float32)
-            for piece in tl.range(0, pieces):
-                slot = (first + piece) * MEMBERS + member
-                score = tl.load(tops + slot, mask=asks, other=LOWEST, cache_modifier=".cg")
-                higher = tl.maximum(top, score)
-                old, share = tl.exp2(top - higher), tl.exp2(score - higher)
-                weight = weight * old + share * tl.load(weights + slot, mask=asks, other=0.0, cache_modifier=".cg")
-                part = tl.load(sums + slot[:, None] * D + d[None, :], mask=asks[:, None], other=0.0, cache_modifier=".cg")
-                total = total * old[:, None] + part * share[:, None]
-                top = higher
-            result = total * (tl.load(value_scale) / tl.where(asks, weight, 1.0))[:, None]
-            tl.store(place, result.to(out.dtype.element_ty), mask=asks[:, None])
+            for one in tl.static_range(MEMBERS):
+                every = joined(sums, tops, weights, first, pieces, one, D, MEMBERS, MOST) * tl.load(value_scale)
+                tl.store(out + sequence * out_stride + (head * MEMBERS + one) * D + d, every.to(out.dtype.element_ty))
 
 
 @cache
@@ -182,8 +184,25 @@ def workspace(device: torch.device) -> tuple[torch.Tensor, ...]:
 
     To be called once before a CUDA graph is captured, so that the counters' zeros are not written by that graph alone.
     """
-    numbers = [torch.empty(count, dtype=torch.float32, device=device) for count in (ROOM, ROOM // 64, ROOM // 64)]
-    return *numbers, torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+    numbers = [torch.empty(count, dtype=torch.float32, device=device) for count in (ROOM, 64 * PIECES, 64 * PIECES)]
+    return *numbers, torch.zeros(PIECES, dtype=torch.int32, device=device)
+
+
+def cut(programs: int, members: int, size: int, slots: int, least: int) -> tuple[int, int]:
+    """How many pieces sequences are cut into at most, and of how many tokens at least.
+
+    Args:
+        programs: key-value heads times sequences.
+        members: query heads of one of them.
+        size: of a head.
+        slots: programs that the GPU has room for.
+        least: tokens of a piece where it has room for twice as many.
+    """
+    most = min(MOST, PIECES // programs, ROOM // (programs * members * size), 64 * PIECES // (programs * members))
+    if 2 * programs <= slots:
+        return max(1, min(most, slots // programs)), least
+    # Rounds of programs, in lengths of a whole sequence: the last one may be nearly empty.
+    return min(range(1, max(1, min(most, 4)) + 1), key=lambda parts: -(-programs * parts // slots) / parts), LONG
 
 
 def attend(  # noqa: PLR0913  (what a step consists of)
@@ -208,12 +227,11 @@ def attend(  # noqa: PLR0913  (what a step consists of)
     sequences, heads, size = q.shape
     key_heads, members = cache.shape[3], heads // cache.shape[3]
     keys, values = cache.unbind(1)
-    programs = key_heads * sequences
-    parts = max(1, min(MOST, PROGRAMS // programs, ROOM // (programs * members * max(size, 64))))
-    tensors = (q, out, keys, values, table, lengths, scale * math.log2(math.e), key_scale, value_scale, *workspace(q.device), parts, LEAST)
-    strides = (q.stride(0), out.stride(0), table.stride(0), cache.stride(0), cache.stride(2), cache.stride(3))
     eight = cache.dtype == torch.float8_e4m3fn  # becomes float16 in one instruction
-    form = dict(D=size, PAGE=cache.shape[2], MOST=MOST, SPLIT=parts > 1, **FORMS[members > 1, eight])
+    parts, least = cut(key_heads * sequences, members, size, *SLOTS[members > 1, eight])
+    tensors = (q, out, keys, values, table, lengths, scale * math.log2(math.e), key_scale, value_scale, *workspace(q.device), parts, least)
+    strides = (q.stride(0), out.stride(0), table.stride(0), cache.stride(0), cache.stride(2), cache.stride(3))
+    form = dict(D=size, PAGE=cache.shape[2], MOST=MOST, SPLIT=parts > 1, **FORMS[members > 1, eight, parts > 1])
     grid = (key_heads, sequences, parts)
     if members == 1:
         attend_rows[grid](*tensors, *strides, **form)
