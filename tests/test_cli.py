@@ -353,12 +353,20 @@ def test_serve_fills_in_what_is_not_given(monkeypatch, saved, tmp_path):
     with pytest.raises(ValueError, match="not YAML of names and values"):
         serving.serve_command(tmp_path / "out", [f"--config={tmp_path / 'options.yaml'}"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, options, overlap in (
-        ((9, 0), [], True),
-        ((8, 0), [], False),
-        ((9, 0), ["-cc.mode=3"], False),
-        ((9, 0), ["--compilation-config", "{}"], False),
+    heads = load_recipe("rosaq-int4").replace(group_size=16, salient=16, salient_per_head=16, salient_down=16)
+    write_dummy(dummy_config(shape_config(str(saved("llama", head_dim=64))), heads, torch.float16), tmp_path / "heads")
+    for capability, name, options, overlap, attention in (
+        ((9, 0), "heads", [], True, True),
+        ((9, 0), "out", [], True, False),  # its heads have another size
+        ((9, 0), "heads", ["--attention_backend=FLASH_ATTN"], True, False),
+        ((9, 0), "heads", ["--kv-cache-dtype", "fp8"], True, True),
+        ((9, 0), "heads", ["--kv-cache-dtype", "fp8_e5m2"], True, False),
+        ((9, 0), "heads", ["--dtype", "float32"], True, False),
+        ((8, 0), "heads", [], False, False),
+        ((9, 0), "heads", ["-cc.mode=3"], False, True),
+        ((9, 0), "heads", ["--compilation-config", "{}"], False, True),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        command = serving.serve_command(tmp_path / "out", options)
-        assert (serving.OVERLAP in command) == overlap and json.loads(serving.OVERLAP) and command[6] == "float16"
+        command = serving.serve_command(tmp_path / name, options)
+        assert (serving.OVERLAP in command) == overlap and json.loads(serving.OVERLAP) and ("--dtype" in options or command[6] == "float16")
+        assert ("CUSTOM" in command) == attention, options

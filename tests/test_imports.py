@@ -18,7 +18,7 @@ LEVELS = {
     "rosaq.moments": 4, "rosaq.engines": 4, "rosaq.hadamard_linear": 4,
     "rosaq.basis": 5, "rosaq.learned": 5, "rosaq.engines.transformers": 5,
     "rosaq.statistics": 6, "rosaq.sensitivity": 6, "rosaq.engines.loading": 6, "rosaq.engines.dummy": 6, "rosaq.engines.serving": 6,
-    "rosaq.engines.vllm_layers": 7, "rosaq.engines.vllm_attention": 5, "rosaq.engines.export": 7,
+    "rosaq.engines.vllm_layers": 7, "rosaq.engines.vllm_attention": 7, "rosaq.engines.export": 7,
     "rosaq.run": 7, "rosaq.job": 8, "rosaq.benchmark": 7, "rosaq.verification": 7, "rosaq.engines.vllm": 8,
     "rosaq.allocation": 9, "rosaq.pipeline": 10, "rosaq.stage_times": 10, "rosaq.forecast": 11, "rosaq.inspection": 9, "rosaq.distillation": 8,
     "rosaq.benchmark.quantizing": 11, "rosaq.curve": 10, "rosaq.comparison": 11,

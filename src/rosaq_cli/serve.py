@@ -16,7 +16,7 @@ def serve(
 
     Every other option goes to `vllm serve` as it is, such as --port 8000, --tensor-parallel-size 2, --kv-cache-dtype fp8.
     'vllm serve --help' lists them. Filled in where you do not say: --dtype, --max-model-len (8192 tokens at most), --served-model-name; on Hopper
-    --compilation-config; without a GPU --gpu-memory-utilization.
+    --compilation-config and --attention-backend; without a GPU --gpu-memory-utilization.
     """
     import os
 

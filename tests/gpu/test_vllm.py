@@ -31,7 +31,7 @@ from attention_cases import EightBits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).resolve().parents[2]
-WINDOW, WINDOWS, DECODED = 512, 64, 128  # so many sequences at once rosaq's attention does not leave to vLLM's kernel
+WINDOW, WINDOWS, DECODED = 512, 64, 128
 ANSWERS, NEW_TOKENS = 20, 64
 GRAPHS = {"max_num_seqs": 64, "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 64]}}  # few, so that an engine starts soon
 
@@ -57,7 +57,11 @@ CASES = {
     "eager": Case(dict(dtype="float16", enforce_eager=True)),
     "our-attention": Case(OURS | FP8, gap=1.0, ties=0.1),
     "our-attention-own-keys": Case(OURS | FP8, gap=1.0, ties=0.1, heads="own"),
-    "our-attention-16-bits": Case(OURS, heads="own"),
+    "our-attention-16-bits": Case(OURS),
+    "our-attention-16-bits-own-keys": Case(OURS, heads="own"),
+    "our-attention-chunks": Case(
+        OURS | FP8 | dict(max_num_batched_tokens=640, enable_prefix_caching=True), gap=1.0, ties=0.1
+    ),  # prompts after what is cached
     "two-gpus": Case(dict(dtype="float16", tensor_parallel_size=2), heads="even"),
 }
 

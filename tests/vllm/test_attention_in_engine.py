@@ -27,8 +27,14 @@ OPTIONS = dict(dtype="float16", block_size=16, max_num_seqs=3, max_num_batched_t
 TRITON = next(ROOT.glob(f".venv/lib/python3.{sys.version_info.minor}/site-packages/triton"), None)  # vLLM's environment for the CPU has none
 
 
-# query heads, key-value heads, vLLM's name of the cache's type -> largest and mean difference of log-probabilities; eight bits may round either way
-CASES = {(2, 2, "auto"): (0.005, 0.002), (2, 2, "fp8"): (0.05, 0.008), (4, 1, "fp8"): (0.02, 0.008)}
+# query heads, key-value heads, vLLM's name of the cache's type, whether there is FlashAttention for prompts -> largest and mean difference of
+# log-probabilities; eight bits may round either way
+CASES = {
+    (2, 2, "auto", False): (0.005, 0.002),
+    (2, 2, "fp8", False): (0.05, 0.008),
+    (4, 1, "fp8", True): (0.02, 0.008),
+    (4, 1, "auto", True): (0.005, 0.002),
+}
 
 
 @pytest.mark.skipif(TRITON is None or torch.cuda.is_available(), reason="needs vLLM's CPU build, and Triton in .venv (make setup)")
@@ -36,14 +42,15 @@ def test_decoding_equals_transformers(saved, tmp_path):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in LENGTHS]
     recipe, text, jobs = load_recipe("rosaq-nearest").replace(group_size=16, salient=16, salient_per_head=4), torch.arange(3, 67).view(2, 32), []
-    for heads, key_heads, cache in CASES:
+    for heads, key_heads, cache, flash in CASES:
         folder = tmp_path / f"{heads}-{key_heads}"
         if not folder.is_dir():
             quantize(str(saved("llama", num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=64)), folder, recipe, text, "cpu")
         options = {**OPTIONS, "kv_cache_dtype": cache}
-        jobs.append({"folder": str(folder), "key_heads": key_heads, "new_tokens": NEW_TOKENS, "prompts": prompts, "options": options})
+        jobs.append({"folder": str(folder), "flash": flash, "new_tokens": NEW_TOKENS, "prompts": prompts, "options": options})
     for case, job, reply in zip(CASES, jobs, in_engine(jobs, tmp_path), strict=True):
-        assert min(reply["calls"].values()) >= 8, (case, reply["calls"])  # of 2 layers each: both attended in several steps
+        calls = reply["calls"]  # of 2 layers each, in several steps
+        assert calls["rosaq"] >= 8 and calls["flash" if case[3] else "vllm"] >= 6 and not calls["vllm" if case[3] else "flash"], (case, calls)
         model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32).eval()
         apart, below = [], []
         for prompt, tokens, logprobs in zip(prompts, reply["tokens"], reply["logprobs"], strict=True):

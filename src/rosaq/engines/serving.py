@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from rosaq.checkpoint import is_checkpoint, verify
 from rosaq.memory import available_bytes
@@ -18,6 +18,8 @@ from rosaq.memory import available_bytes
 CPU_SHARE = 0.5  # of the free memory, for weights and KV cache; vLLM takes 0.92 of all there is, and stops where that is not free
 # Inductor's small kernels on Hopper start while the one before them ends, as ours do: 3 % of a step of one sequence (docs/results.md).
 OVERLAP = '{"inductor_compile_config": {"triton.enable_pdl": true}}'
+ATTENTION = "CUSTOM"  # vLLM's name of the place of our attention (vllm_attention.py), as fast as its own on Hopper or faster (docs/results.md)
+HEAD_SIZES, CACHES = (64, 128), ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")  # what that computes itself
 CONTEXT = 8192  # tokens; longer contexts are asked for, since the KV cache must hold one
 
 
@@ -28,7 +30,7 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
         checkpoint: folder.
         options: vLLM's, passed on as they are; where neither they nor their `--config` file say, the type is the checkpoint's (bfloat16 on the
             CPU), the context the model's up to 8192 tokens, the model is served under its folder's name, on the CPU it takes half of the
-            free memory, and on Hopper compiled kernels overlap.
+            free memory, and on Hopper compiled kernels overlap and the attention is rosaq's where it computes the model's.
 
     Raises:
         ValueError: vLLM is not installed, the folder is no rosaq checkpoint, or the `--config` file is no YAML of names and values.
@@ -48,6 +50,8 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
     given = given_options(options)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) and "-cc" not in given:
         defaults["--compilation-config"] = OVERLAP
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and _has_our_attention(config, defaults | given):
+        defaults["--attention-backend"] = ATTENTION
     if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--kv-cache-memory-bytes" not in given:
         defaults["--gpu-memory-utilization"] = f"{CPU_SHARE * available_bytes() / psutil.virtual_memory().total:.2f}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
@@ -55,6 +59,14 @@ def serve_command(checkpoint: str | Path, options: Sequence[str]) -> list[str]:
         if name not in given:
             command += [name, value]
     return command + list(options)
+
+
+def _has_our_attention(config: PreTrainedConfig, options: dict[str, str]) -> bool:
+    """Whether rosaq's attention computes all of a model's by itself, in the type and from the cache that vLLM's options name."""
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    halves = options["--dtype"] in ("float16", "half", "bfloat16", "auto")
+    return size in HEAD_SIZES and not window and halves and options.get("--kv-cache-dtype", "auto") in CACHES
 
 
 def given_options(options: Sequence[str]) -> dict[str, str]:
