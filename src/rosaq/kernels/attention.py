@@ -29,8 +29,8 @@ FORMS = {
     (True, True, False): dict(TILE=64, STAGES=5, num_warps=2),
     (True, True, True): dict(TILE=64, STAGES=5, num_warps=2),
 }
-# By the first two: programs to run at once, eight, four or three on each of 132 processors; tokens of the shortest piece while they do not.
-SLOTS = {(False, False): (1056, 64), (False, True): (528, 128), (True, False): (396, 128), (True, True): (396, 128)}
+# By the first two: programs to run at once, eight or four on each of 132 processors; tokens of the shortest piece while they do not.
+SLOTS = {(False, False): (1056, 64), (False, True): (528, 128), (True, False): (528, 64), (True, True): (528, 64)}
 LONG = 512  # tokens of the shortest piece where it is full, and pieces only make its last round fuller
 MOST = 32  # pieces of a sequence
 PIECES = 2048  # in the workspace
