@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from rosaq import Calibration, Means, load_recipe, open_source, quantize
 from rosaq.distillation import Settings, distill
-from rosaq.distillation.trainable import TrainableLinear, group_sums, make_trainable
-from rosaq.distillation.training import HeadDivergence, _accumulate, head_weight, rate_factor
+from rosaq.distillation.trainable import PARTS, TrainableLinear, group_sums, make_trainable
+from rosaq.distillation.training import HeadDivergence, _accumulate, _parameter_groups, head_weight, rate_factor
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
@@ -180,6 +180,15 @@ def test_the_divergence_falls_and_the_codes_stay(case, made, text_file, tmp_path
     assert all(before[name].dtype == after[name].dtype for name in before)
     for part in TRAINED:
         assert any(name.endswith(part) for name in changed) == any(name.endswith(part) for name in before)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 2e-3), (576, 2e-3), (2304, 5e-4)])
+def test_a_wide_model_gets_a_lower_rate_of_its_salient_weights(width, rate):
+    """As 1 / width from 576 on; the other parts' rates stay."""
+    parameters = {part: [torch.nn.Parameter(torch.zeros(2))] for part in PARTS}
+    groups = list(_parameter_groups(parameters, (1e-2, 2e-3, 3e-2, 0), width))
+    assert [group["lr"] for group in groups] == pytest.approx([1e-2, rate, 3e-2])
+    assert [group["params"] for group in groups] == [parameters[part] for part in ("scales", "salient", "norms")]
 
 
 def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):

@@ -17,7 +17,8 @@ def distill(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     epochs: Annotated[int, typer.Option(help="Passes over all windows.")] = 1,
     learning_rates: Annotated[
-        str, typer.Option(help="Of scales, salient weights, norms and codes, per step; 0 leaves a part alone.")
+        str,
+        typer.Option(help="Of scales, salient weights (of a model up to 576 wide; less for wider ones), norms and codes; 0 leaves a part alone."),
     ] = "3e-3,1.5e-4,3e-3,0",
     seed: Annotated[int, typer.Option(help="Seed of the choice of text and of the order of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
