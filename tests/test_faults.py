@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import random_model, tokenizer
 from rosaq.checkpoint_writer import CheckpointWriter
+from rosaq.distributed import Ranks
 from rosaq.engines.loading import verify_checkpoint
 from rosaq.learned import Learned
-from rosaq.workfolder import tensors_hash
+from rosaq.workfolder import WorkFolder, tensors_hash
 
 SERVER = Path(__file__).parent / "faults" / "server.py"
 KILLS = 20
@@ -333,3 +334,20 @@ def test_a_failed_run_leaves_no_folders_above_its_output(rosaq, model, whole, tm
     with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path / "new" / "deep" / "out"):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+class Lost(Ranks):
+    """The first rank of two, interrupted while it waits for the other."""
+
+    def agree(self, value):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_all_ranks_are_there_leaves_nothing(tmp_path):
+    """Neither the folder, nor those made for it, nor the lock: the next run begins at once."""
+    output = tmp_path / "new" / "out"
+    with pytest.raises(KeyboardInterrupt), WorkFolder(output, {"model": "a"}, Lost(0, 2)):
+        raise AssertionError("not reached")
+    assert not list(tmp_path.iterdir())
+    with WorkFolder(output, {"model": "b"}, Ranks()) as folder:
+        assert folder.path.is_dir()

@@ -62,10 +62,14 @@ class WorkFolder:
             except BaseException:
                 os.close(self._lock)
                 raise
-        claimed = self._ranks.agree(str(self.path.stat().st_ino) if self._ranks.first else "")
-        if not self.path.is_dir() or (os.stat(self.path).st_ino != int(claimed)):
-            raise ValueError(f"{self.path}: not on a file system that all ranks see")
         self._pool = ThreadPoolExecutor(1)
+        try:
+            claimed = self._ranks.agree(str(self.path.stat().st_ino) if self._ranks.first else "")
+            if not self.path.is_dir() or (os.stat(self.path).st_ino != int(claimed)):
+                raise ValueError(f"{self.path}: not on a file system that all ranks see")
+        except BaseException as error:  # an interrupt while the others are waited for, too
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
