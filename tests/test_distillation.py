@@ -8,16 +8,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rosaq import Calibration, Means, load_recipe, open_source, quantize
+from rosaq.clock import no_progress
 from rosaq.distillation import Settings, distill
-from rosaq.distillation.trainable import PARTS, TrainableLinear, group_sums, make_trainable
-from rosaq.distillation.training import HeadDivergence, _accumulate, _parameter_groups, head_weight, rate_factor
+from rosaq.distillation.trainable import PARTS, TrainableLinear, group_sums, is_norm, make_trainable
+from rosaq.distillation.training import HeadDivergence, _accumulate, _parameter_groups, head_weight, rate_factor, train
 from rosaq.engines.loading import verify_checkpoint
+from rosaq.evaluation.perplexity import divergence
 from rosaq.kernels.reference import dequantize
 from rosaq.layout import LinearLayout
 from rosaq.linear import RosaqLinear
 from rosaq.packing import unpack, unpack_zeros
 from rosaq.rounding.linear import quantize_linear
 from rosaq.skeleton import full_model
+from rosaq.statistics import read_windows
 
 IDS = torch.arange(3, 43).view(2, 20)
 DEFAULT = Settings()
@@ -103,6 +106,21 @@ def test_what_is_not_trained_is_stored_as_it_was(name, codes):
     assert all(torch.equal(tensor, tensors[part]) for part, tensor in layer.stored().items())
 
 
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_half_of_the_way_back(name, codes):
+    source = packed(LAYOUTS[name])
+    layer = TrainableLinear(source, torch.float32, codes)
+    first = [parameter.detach().clone() for parameter in layer.parameters()]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    last = [parameter.detach().clone() for parameter in layer.parameters()]
+    layer.go_half_back(source.tensors().get("salient"))
+    for start, end, half in zip(first, last, layer.parameters(), strict=True):
+        torch.testing.assert_close(half.detach(), (start + end) / 2)
+
+
 def test_no_dense_weight_is_kept_for_the_backward_pass():
     layer = TrainableLinear(packed(LAYOUTS["int4, int8 salient, one block"]), torch.float32)
     kept = []
@@ -159,6 +177,7 @@ CASES = {
     "ordered, tied table": ("llama-tied", "mixed", dict(bits=3), 0.2),
     "norms of heads, nothing salient": ("qwen3", "rtn", dict(bits=3), 0.1),
 }
+TOO_HIGH = (2e-2, 4e-3, 2e-2, 0)
 TRAINED = (".scales", ".salient", "norm.weight")
 
 
@@ -202,6 +221,36 @@ def test_codes_that_are_trained_are_stored(made, text_file, tmp_path):
     assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"qweight"}
 
 
+def weight(model, name):
+    module = model.get_submodule(name)
+    return (module.weight(torch.float32) if isinstance(module, TrainableLinear) else module.weight).detach()
+
+
+def test_steps_that_were_too_long_are_shortened(made, text_file, tmp_path):
+    """The first half of the way at which the divergence falls is kept, of every layer and norm."""
+    checkpoint, original = made("llama", "rosaq-nearest", bits=3)
+    settings = Settings(learning_rates=TOO_HIGH)
+    report = distill(checkpoint, original, tmp_path / "out", Calibration(str(text_file), 64, 48), settings, "cpu")
+    assert report.share < 1 and report.after["kl_divergence"] < report.before["kl_divergence"]
+    verify_checkpoint(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["calibration"]["distillation"]
+    assert record["share"] == report.share and f"{report.share:g} of the way there is kept" in (tmp_path / "out" / "README.md").read_text()
+
+    begun, trained, kept = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("packed", "packed", "out"))
+    starts, ends, _ = (make_trainable(each, torch.float32) for each in (begun, trained, kept))
+    windows = read_windows(open_source(original), Calibration(str(text_file), 72, 48), "cpu")[:64]
+    train(trained, full_model(open_source(original), torch.float32), ends, windows, settings, 0, no_progress)
+    names = [name for name, module in trained.named_modules() if isinstance(module, TrainableLinear) or is_norm(f"{name}.weight")]
+    ended = {name: weight(trained, name).clone() for name in names}
+    with torch.no_grad():
+        for start, end in zip(*([value for part in PARTS for value in each[part]] for each in (starts, ends)), strict=True):
+            end.copy_(start + report.share * (end - start))
+    for name, end in ended.items():
+        first, wanted, got = (weight(each, name) for each in (begun, trained, kept))
+        assert float((got - wanted).norm()) <= 0.01 * float((end - first).norm()), name
+        assert not torch.equal(got, first)
+
+
 def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     """The divergence of the loaded checkpoint is the one reported, and its logits are the student's."""
     checkpoint, original = made("qwen2", "rosaq-nearest", bits=3, embedding_bits="8")
@@ -211,10 +260,6 @@ def test_it_loads_as_it_was_trained(made, text_file, tmp_path):
     make_trainable(student, torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(student(IDS).logits, loaded(IDS).logits, rtol=1e-5, atol=1e-5)
-    from rosaq.clock import no_progress
-    from rosaq.evaluation.perplexity import divergence
-    from rosaq.statistics import read_windows
-
     source = open_source(original)
     held_out = read_windows(source, Calibration(str(text_file), 16, 48), "cpu")[8:]
     again = divergence(loaded, full_model(source, torch.float32), held_out, no_progress)
@@ -349,7 +394,7 @@ def test_refusals(made, saved, text_file, tmp_path):
     refused("seq-len is 129 tokens, but .* has a context of 128", calibration=Calibration(str(text_file), 8, 129))
     refused("not the folder of a rosaq checkpoint", folder=original)
     refused(
-        "on held-out windows rose from .* lower the learning rates",
+        "on held-out windows rose from .* at 0.125 of the way; lower the learning rates",
         settings=Settings(epochs=4, learning_rates=(0.99, 0.99, 0.99, 0)),
         calibration=Calibration(str(text_file), 64, 48),
     )

@@ -47,7 +47,8 @@ def distill(
         ]
         rows.append(["perplexity", *(f"{found['model']['perplexity']:.3f}" for found in (report.before, report.after))])
         show_table(f"{output}, on {settings.held_out} windows held out", ["", "before", "after"], rows)
-        results.print(f"{len(report.losses)} steps; training took {report.seconds['training']:.1f} s", highlight=False, soft_wrap=True)
+        kept = "" if report.share == 1 else f"; the divergence had risen at their end, so {report.share:g} of the way is kept"
+        results.print(f"{len(report.losses)} steps; training took {report.seconds['training']:.1f} s{kept}", highlight=False, soft_wrap=True)
 
 
 def _rates(text: str) -> tuple[float, float, float, float]:

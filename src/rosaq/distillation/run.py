@@ -1,6 +1,6 @@
 """A packed checkpoint and its original in, a checkpoint of the same form and size with better precise parts out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rosaq.statistics import read_windows
 from rosaq.workfolder import check_destination
 
 KEPT_BYTES = (72, 28)  # estimate of what autograd keeps of a block for each token, times its width and that of its feed-forward part
+LEAST_SHARE = 1 / 8  # of the way that training went, below which it is given up
 RECORD = "distillation"  # its key in quantization_config's calibration, and in rosaq.json
 TIMES = ("seconds", "peak_host_bytes", "peak_device_bytes")  # not in rosaq.json, so that the same run gives the same bytes
 
@@ -40,6 +41,7 @@ class Report:
         before: the checkpoint beside its original on the held-out windows, `Divergence` as a mapping.
         after: likewise the new checkpoint, with every value as it is stored.
         losses: divergence of each step's windows, in nats.
+        share: of the way from the first values to the trained ones that was kept, 1 but where its end is worse than its beginning.
         seconds: of each stage.
         peak_host_bytes: of this process.
         peak_device_bytes: of PyTorch on a CUDA device.
@@ -51,6 +53,7 @@ class Report:
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    share: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
@@ -58,7 +61,7 @@ class Report:
     def record(self) -> dict[str, Any]:
         """What the checkpoint's config says of it: the same for the same run, so no times."""
         held_out = {"held_out_kl_before": self.before["kl_divergence"], "held_out_kl_after": self.after["kl_divergence"]}
-        return {"settings": self.settings, "calibration": self.calibration, "steps": len(self.losses), **held_out}
+        return {"settings": self.settings, "calibration": self.calibration, "steps": len(self.losses), "share": self.share, **held_out}
 
 
 def distill(
@@ -76,7 +79,8 @@ def distill(
     original (bfloat16 on a GPU) and the unpacked codes (a byte a weight; 17 where they are trained) are on the device.
     Products are computed in bfloat16 on a GPU, between float32 residual streams; all in float32 on the CPU. The same call
     gives the same tensors on the same CPU and number of threads. On a GPU attention's backward pass may add in an order
-    that is not fixed.
+    that is not fixed. Where the divergence on the held-out windows has risen, half of the way that training went is kept, or a quarter
+    or an eighth: the first of these at which it falls.
 
     Args:
         checkpoint: folder of a rosaq checkpoint; its hashes are checked.
@@ -93,7 +97,8 @@ def distill(
 
     Raises:
         ValueError: the checkpoint is not whole, is distilled already, rotates at run time or is not of this original,
-            there is too little text, the divergence on the held-out windows rises, or the destination is taken; nothing is left behind.
+            there is too little text, the divergence on the held-out windows rises even at an eighth of the way, or the destination is taken;
+            nothing is left behind.
     """
     checkpoint, device = Path(checkpoint), resolve_device(device)
     clock = Clock(device)
@@ -112,9 +117,7 @@ def distill(
         with clock("training"):
             report.before = divergence(student, teacher, held_out, progress).to_dict()
             report.losses = train(student, teacher, parameters, windows, settings, calibration.seed, progress)
-            _round_norms(student, stored)
-            report.after = divergence(student, teacher, held_out, progress).to_dict()
-            _check_fall(report)
+            _keep_share(report, student, stored, lambda: divergence(student, teacher, held_out, progress).to_dict())
         report.peak_host_bytes, report.peak_device_bytes = peak_memory(device)
         with clock("writing"):
             for name, tensor in _tensors(student, stored):
@@ -164,10 +167,37 @@ def _keeps_blocks(a: Architecture, device: str, tokens: int) -> bool:
     return 3 * wanted <= torch.cuda.mem_get_info(device)[0]
 
 
-def _check_fall(report: Report) -> None:
-    before, after = report.before["kl_divergence"], report.after["kl_divergence"]
-    if after > before:
-        raise ValueError(f"the divergence on held-out windows rose from {before:.4f} to {after:.4f}; lower the learning rates or give more text")
+def _keep_share(report: Report, student: Any, stored: SafetensorsFolder, measure: Callable[[], dict[str, Any]]) -> None:
+    """Round what was trained as it is stored and measure it; while that is worse than before, go back half of the way first.
+
+    The direction is one in which the divergence falls, even where the steps were too long for a model: a share costs a few forward passes,
+    another training the whole time.
+    """
+    _round_norms(student, stored)
+    report.after = whole = measure()
+    before = report.before["kl_divergence"]
+    while report.after["kl_divergence"] > before:
+        if report.share <= LEAST_SHARE:
+            found = f"from {before:.4f} to {whole['kl_divergence']:.4f}, and to {report.after['kl_divergence']:.4f} at {report.share:g} of the way"
+            raise ValueError(f"the divergence on held-out windows rose {found}; lower the learning rates or give more text")
+        report.share /= 2
+        _go_half_back(student, stored)
+        _round_norms(student, stored)
+        report.after = measure()
+
+
+@torch.no_grad()
+def _go_half_back(student: Any, stored: SafetensorsFolder) -> None:
+    """Halve the way from the stored values to the present ones, which is in the layers and norms and needs no copy."""
+    for name, layer in _trained_layers(student).items():
+        layer.go_half_back(stored[f"{name}.salient"] if layer.salient is not None else None)
+    for name, parameter in student.named_parameters():
+        if is_norm(name):
+            parameter.lerp_(stored[name].to(parameter), 0.5)
+
+
+def _trained_layers(student: Any) -> dict[str, TrainableLinear]:
+    return {name: layer for name, layer in student.named_modules() if isinstance(layer, TrainableLinear) and layer.ratio.requires_grad}
 
 
 @torch.no_grad()
@@ -181,7 +211,7 @@ def _round_norms(student: Any, stored: SafetensorsFolder) -> None:
 def _tensors(student: Any, stored: SafetensorsFolder) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of the new checkpoint, in the order of the old one."""
     parameters = dict(student.named_parameters())
-    trained = {name: layer for name, layer in student.named_modules() if isinstance(layer, TrainableLinear) and layer.ratio.requires_grad}
+    trained = _trained_layers(student)
     for name in stored:
         module, _, part = name.rpartition(".")
         if is_norm(name):
@@ -204,6 +234,7 @@ def _finish(writer: CheckpointWriter, checkpoint: Path, config: Any, manifest: d
 
 def _card_section(report: Report) -> str:
     text, before, after = report.calibration, report.before, report.after
+    kept = "" if report.share == 1 else f"At the end of training it had risen, so {report.share:g} of the way there is kept.\n"
     what = "Group scales, salient weights, norms and codes" if report.settings["learning_rates"][-1] else "Group scales, salient weights and norms"
     return f"""
 ## Distilled
@@ -211,4 +242,4 @@ def _card_section(report: Report) -> str:
 {what} were then trained against the original on {text["samples"]} windows of {text["seq_len"]}
 tokens of `{text["text"]}` (seed {text["seed"]}; SHA-256 of the token ids {text["windows_sha256"]}), {len(report.losses)} steps. On
 {report.settings["held_out"]} windows that were not trained on, KL divergence fell from {before["kl_divergence"]:.4f} to {after["kl_divergence"]:.4f}.
-"""
+{kept}"""

@@ -82,12 +82,14 @@ class TrainableLinear(torch.nn.Module):
         self.ratio = torch.nn.Parameter(torch.ones_like(self.base))
         self.salient = None
         if layout.salient:
-            precise_NS = tensors["salient"].float()
-            self.salient = torch.nn.Parameter(precise_NS if self.salient_scales is None else precise_NS * self.salient_scales)
+            self.salient = torch.nn.Parameter(self._salient_weights(tensors["salient"]))
         self.codes = torch.nn.Parameter(self.differences.float()) if codes else None
 
     def _constant(self, name: str, tensor: torch.Tensor | None) -> None:
         self.register_buffer(name, tensor, persistent=False)
+
+    def _salient_weights(self, stored_NS: torch.Tensor) -> torch.Tensor:
+        return stored_NS.float() if self.salient_scales is None else stored_NS * self.salient_scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product (..., N) in the type of x: what comes out of several layers must be of one type."""
@@ -117,8 +119,7 @@ class TrainableLinear(torch.nn.Module):
         weight_NK = torch.empty(self.layout.out_features, self.layout.in_features, dtype=dtype, device=self.base.device)
         weight_NK[:, self.columns] = (self.steps() * self.scales().to(self.ratio)[:, self.groups]).to(dtype)
         if self.salient is not None:
-            precise_NS = self.salient_codes().to(self.salient)
-            weight_NK[:, self.salient_columns] = (precise_NS if self.salient_scales is None else precise_NS * self.salient_scales).to(dtype)
+            weight_NK[:, self.salient_columns] = self._salient_weights(self.salient_codes()).to(self.salient).to(dtype)
         if self.order is None:
             return weight_NK
         ordered = torch.empty_like(weight_NK)  # column j of the stored weight meets input channel order[j]
@@ -132,6 +133,15 @@ class TrainableLinear(torch.nn.Module):
         ratio_NG = group_sums(gradient_NQ * self.steps(), self.layout) * self.base
         salient_NS = None if self.salient is None else gradient_NK[:, self.salient_columns].to(self.base)
         return ratio_NG, salient_NS, None if self.codes is None else gradient_NQ * self.scales().to(self.base)[:, self.groups]
+
+    @torch.no_grad()
+    def go_half_back(self, salient: torch.Tensor | None) -> None:
+        """Halve the way from the first values to the present ones; `salient` (N, S) as it was stored, the others' are known."""
+        self.ratio.add_(1).mul_(0.5)
+        if self.salient is not None and salient is not None:
+            self.salient.lerp_(self._salient_weights(salient.to(self.base.device)).to(self.salient), 0.5)
+        if self.codes is not None:
+            self.codes.lerp_(self.differences.to(self.codes), 0.5)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored tensors that training may have changed, by name.
