@@ -1,7 +1,7 @@
 """Our RTN, GPTQ and AWQ beside llm-compressor's, and auto-round's: same model, calibration tokens, grid and evaluation windows.
 
 Usage: python scripts/compare_llm_compressor.py MODEL CALIBRATION_FILE DATA [--samples 32] [--seq-len 512] [--every 12]
-       [--bits 4 3] [--only NAME ...] [--device cuda] [--steps 200]
+       [--bits 4 3] [--only NAME ...] [--device cuda] [--steps 200] [--seed 0]
 
 It needs llm-compressor 0.14 in an environment of its own, with rosaq on PYTHONPATH:
 
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--only", nargs="*", help="rows, by the beginning of their names, at whose end stands a full stop")
     arguments = parser.parse_args()
     source = rosaq.open_source(arguments.model)
@@ -209,7 +210,7 @@ def main() -> None:
     if not arguments.only:
         compare_codes()
         compare_small(arguments.bits[0], arguments.steps)
-    calibration, dense = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len), save_dense(source)
+    calibration, dense = rosaq.Calibration(arguments.calibration, arguments.samples, arguments.seq_len, arguments.seed), save_dense(source)
     windows = read_windows(source, calibration, "cpu")
     for bits in arguments.bits:
         for name, make in all_rows(source, dense, windows, bits, arguments.device, arguments.steps).items():
